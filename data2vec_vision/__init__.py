@@ -1,0 +1,36 @@
+"""Pretrain Vision Transformers by self-supervision on a folder of your own unlabelled images.
+
+The names below are imported on first use, so that the command line answers before torch is loaded.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_MODULES = ("transforms",)
+_NAMES = {
+    "Data2Vec": "methods.data2vec",
+    "Method": "methods.base",
+    "Output": "methods.base",
+    "knob": "knobs",
+    "MaskedVisionTransformer": "vit",
+    "Features": "vit",
+    "load": "checkpoint",
+    "save_encoder": "checkpoint",
+    "InputError": "errors",
+    "RunFailed": "errors",
+}
+__all__ = sorted([*_MODULES, *_NAMES])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

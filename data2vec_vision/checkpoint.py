@@ -1,0 +1,203 @@
+"""Files: students that anyone can load, training checkpoints that continue a run, writes that cannot tear.
+
+Everything loads with `torch.load(weights_only=True)`, so a file that would run code is refused, and
+every write goes to a temporary file that is flushed to the disk and then renamed, so that a killed run
+leaves either the old file or the new one.
+"""
+
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+
+from data2vec_vision.errors import InputError, one_line
+from data2vec_vision.transforms import ImageTransform
+from data2vec_vision.vit import MaskedVisionTransformer, architecture, build_vit
+
+STUDENT, TRAINING = "data2vec_vision.student", "data2vec_vision.training"
+VERSION = 1
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file opened for writing that takes the name `path` only when it is complete and on the disk."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Puts a rename on the disk too, where the system can (Windows cannot open a folder)."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def save(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
+    with atomic_write(path) as file:
+        torch.save(content, file)
+
+
+def encoder_content(encoder: MaskedVisionTransformer) -> dict[str, Any]:
+    """Everything that is needed to use `encoder` again. `state_dict` has timm's own names."""
+    return {
+        "pool": encoder.pool,
+        "encoder": architecture(encoder.vit),
+        "state_dict": encoder.vit.state_dict(),
+        "mask_token": encoder.mask_token,
+        "transform": encoder.transform.to_dict(),
+    }
+
+
+def save_encoder(encoder: MaskedVisionTransformer, path: str | os.PathLike[str], method: str, **about: Any) -> None:
+    """Write a student file, which this library and timm can load.
+
+    `about` are plain values to keep with it: epoch, step, config. Raises InputError for an encoder that
+    no timm name and arguments describe.
+    """
+    save(path, {"format": STUDENT, "version": VERSION, "method": method, **encoder_content(encoder), **about})
+
+
+def load_encoder(
+    path: str | os.PathLike[str], map_location: Any = "cpu", which: str = "student"
+) -> tuple[MaskedVisionTransformer, dict[str, Any]]:
+    """The encoder of a student, teacher or training file, in eval mode, and the file's other content.
+
+    `which` chooses the student or the teacher of a training file. Raises InputError for any other file.
+    """
+    content = read(path, map_location)
+    if content.get("format") == TRAINING:
+        if which not in content["encoders"]:
+            raise InputError(f"{path} holds no {which}: the method {content['method']} has none")
+        content = content | content["encoders"][which]
+    elif content.get("format") != STUDENT:
+        raise InputError(f"{path} is no file of this tool; give a student_*.pt, teacher_*.pt or checkpoint_*.pt")
+    check_version(path, content)
+    described = content["encoder"]
+    encoder = MaskedVisionTransformer(
+        build_vit(described["model"], **described["arguments"]), mask_token=content["mask_token"] is not None
+    ).to(map_location)
+    try:
+        encoder.vit.load_state_dict(content["state_dict"])
+    except RuntimeError as error:
+        raise InputError(f"the weights in {path} do not fit its own description: {one_line(error)}") from error
+    if encoder.mask_token is not None:
+        encoder.mask_token.data.copy_(content["mask_token"])
+    encoder.transform = ImageTransform.from_dict(content["transform"])
+    encoder.pool = content["pool"]
+    return encoder.eval(), content
+
+
+def read(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
+    """The content of a file that torch.save wrote. Raises InputError for any other, without running its code."""
+    if not os.path.exists(path):
+        raise InputError(f"there is no file {path}")
+    if os.path.isdir(path):
+        raise InputError(f"{path} is a folder; give one of the .pt files in it")
+    try:
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} is not a file of weights, or would run code when loaded; it was not loaded"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{path} cannot be read, it is damaged or no checkpoint: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no checkpoint but a {type(content).__name__}")
+    return content
+
+
+def save_training(folder: Path, epoch: int | None, content: dict[str, Any]) -> None:
+    """Write checkpoint_last.pt, and for an epoch to keep give it the name checkpoint_{epoch}.pt as well.
+
+    The second name is a link, which costs neither time nor space; the next checkpoint_last.pt is a new
+    file and leaves it alone.
+    """
+    last = folder / "checkpoint_last.pt"
+    save(last, {"format": TRAINING, "version": VERSION, **content})
+    if epoch is not None:
+        kept, temporary = folder / f"checkpoint_{epoch}.pt", folder / f".checkpoint_{epoch}.pt.tmp"
+        try:
+            temporary.unlink(missing_ok=True)
+            os.link(last, temporary)
+            os.replace(temporary, kept)
+            sync_folder(folder)
+        except OSError:  # a file system without links
+            save(kept, {"format": TRAINING, "version": VERSION, **content})
+
+
+def read_training(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a training checkpoint, on the CPU. Raises InputError for any other file."""
+    content = read(path)
+    if content.get("format") == STUDENT:
+        raise InputError(f"{path} holds an encoder only and cannot continue a run; give a checkpoint_*.pt")
+    if content.get("format") != TRAINING:
+        raise InputError(f"{path} is no checkpoint of this tool; give a checkpoint_*.pt that `train` wrote")
+    check_version(path, content)
+    return content
+
+
+def load(path: str | os.PathLike[str], map_location: Any = "cpu", which: str = "student") -> MaskedVisionTransformer:
+    """The encoder in a student, teacher or training file, in eval mode; see `load_encoder`."""
+    return load_encoder(path, map_location, which)[0]
+
+
+def check_version(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
+    if content["version"] > VERSION:
+        raise InputError(f"{path} was written by a newer version of this tool (format {content['version']}); update it")
+
+
+def load_weights(vit: VisionTransformer, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Start `vit` from a student file, or from a file of timm weights (.pt, .pth, .bin, .safetensors).
+
+    Position embeddings and patch kernels of another size are resampled, as timm does; a classifier head
+    is left out. Returns the mean and std that the weights expect of images, where the file knows them.
+    Raises InputError, naming the first misfit, when the weights are of another architecture.
+    """
+    content = read_safetensors(path) if str(path).endswith(".safetensors") else read(path)
+    weights = content.get("state_dict", content.get("model", content))
+    try:
+        weights = checkpoint_filter_fn(dict(weights), vit)
+    except (AttributeError, TypeError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"--init {path} holds no weights of a ViT: {one_line(error)}") from error
+    # The last norm is `fc_norm` in timm's models that pool before it, and `norm` in student files.
+    for ours, other in (("norm.", "fc_norm."), ("fc_norm.", "norm.")):
+        if ours + "weight" in vit.state_dict() and ours + "weight" not in weights:
+            weights = {ours + k.removeprefix(other) if k.startswith(other) else k: t for k, t in weights.items()}
+    for name, tensor in vit.state_dict().items():
+        if name not in weights:
+            raise InputError(f"--init {path} lacks {name}: it is not for this encoder")
+        if weights[name].shape != tensor.shape:
+            sizes = f"{list(weights[name].shape)} there, {list(tensor.shape)} here"
+            raise InputError(f"--init {path} is for an encoder of another size: {name} is {sizes}")
+    vit.load_state_dict({name: weights[name] for name in vit.state_dict()})
+    transform = content.get("transform", {})
+    return {name: tuple(transform[name]) for name in ("mean", "std") if name in transform}
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
+    if not os.path.isfile(path):
+        raise InputError(f"there is no file {path}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read as safetensors: {one_line(error)}") from error

@@ -1,0 +1,283 @@
+"""What a training run is: one flat frozen dataclass whose fields are the options of `train`.
+
+Light on purpose: `--help` reads this file and must not wait for torch.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from data2vec_vision.errors import InputError
+
+GROUPS = ("Images", "Model", "Method", "Optimisation", "Output and resume", "Machine")
+
+
+def _option(
+    group: str,
+    default: Any,
+    help: str,
+    within: str = "",
+    *,
+    auto: str = "",
+    metavar: str = "",
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A field that is an option of `train`: `within` is its range, `auto` what None stands for."""
+    metadata = dict(group=group, help=help, within=within, auto=auto, metavar=metavar, choices=choices)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+_images, _model, _method, _optim, _output, _machine = (partial(_option, group) for group in GROUPS)
+
+
+# fmt: off
+@dataclass(frozen=True)
+class TrainConfig:
+    """The settings of a run. None is `auto`: `resolve` fills it in from the data and the machine."""
+
+    input_path: str = ""
+
+    image_size: int | None = _images(None, "Side of the square views, in pixels.", "[1, inf)", auto="the model's own, 224")
+
+    model: str | None = _model(None, "Any timm VisionTransformer (see `models`), instead of the sizes below.", metavar="NAME", auto="a ViT-S/16")
+    patch_size: int | None = _model(None, "Side of a patch, in pixels.", "[1, inf)", auto="16")
+    hidden_dim: int | None = _model(None, "Width of the encoder.", "[1, inf)", auto="384")
+    n_encoders: int | None = _model(None, "Number of transformer blocks.", "[1, inf)", auto="12")
+    n_heads: int | None = _model(None, "Attention heads.", "[1, inf)", auto="width / 64")
+    dropout: float = _model(0.0, "Dropout in the encoder's blocks.", "[0, 1)")
+    pretrained: bool = _model(False, "Start from timm's weights of --model.")
+    init: str | None = _model(None, "Start from a student file or a file of timm weights.", metavar="FILE")
+
+    method: str = _method("data2vec", "A name (see `methods`), or a Python file that defines one.", metavar="NAME")
+    mask_erase_pct: float | None = _method(None, "Share of the image that is masked.", "(0, 1)", auto="the method's")
+    k: int | None = _method(None, "Number of top hidden states to regress.", "[1, inf)", auto="the method's")
+    beta: float | None = _method(None, "Where smooth L1 turns from square to straight.", "[0, inf)", auto="the method's")
+    tau_initial: float | None = _method(None, "Teacher's EMA factor at the start.", "[0, 1]", auto="from the steps")
+    tau_end: float | None = _method(None, "Teacher's EMA factor after its rise.", "[0, 1]", auto="from the steps")
+    tau_increase_pct: float | None = _method(None, "Share of the run in which tau rises.", "[0, 1]", auto="the method's")
+    set: tuple[str, ...] = _method((), "Another knob of the method (see `methods`); can be repeated.", metavar="NAME=VALUE")
+
+    epochs: int = _optim(100, "Passes over the images.", "[1, inf)")
+    batch_size: int = _optim(64, "Images in one forward pass, over all processes.", "[1, inf)")
+    grad_accum: int = _optim(1, "Forward passes in one step.", "[1, inf)")
+    max_lr: float | None = _optim(None, "Peak of the one-cycle learning rate.", "(0, inf)", auto="from the images a step")
+    warmup_pct: float | None = _optim(None, "Share of the run in which the rate rises.", "[0, 1)", auto="the method's")
+    weight_decay: float | None = _optim(None, "AdamW's weight decay, of matrices only.", "[0, inf)", auto="the method's")
+    clip_grad: float | None = _optim(None, "Largest norm of a step's gradient; 0: no limit.", "[0, inf)", auto="the method's")
+    seed: int = _optim(0, "Seed of everything random.", "[0, inf)")
+
+    checkpoint_out_dir: str | None = _output(None, "Folder that the run writes to.", metavar="DIRECTORY", auto="runs/<input>-<method>")
+    resume_checkpoint: str | None = _output(None, "Continue the run that wrote this checkpoint, exactly.", metavar="FILE")
+    allow_changed_images: bool = _output(False, "Resume although the folder's images have changed.")
+    save_every: int = _output(10, "Epochs between saved files; the last epoch is always saved.", "[1, inf)")
+    checkpoint_minutes: float = _output(10.0, "Minutes between rolling checkpoints.", "(0, inf)")
+    log_every: int = _output(10, "Steps between lines of metrics.jsonl.", "[1, inf)")
+    config: str | None = _output(None, "Take the settings of another run from its config.json.", metavar="FILE")
+    dry_run: bool = _output(False, "Print the plan with time and memory, draw example views, train nothing.")
+
+    device: str | None = _machine(None, "cpu, cuda, cuda:1, mps, ...", metavar="NAME", auto="the best present")
+    precision: str = _machine("auto", "Of the forward pass; weights are fp32.", choices=("auto", "bf16", "fp16", "fp32"))
+    compile: bool = _machine(False, "Compile the model with torch.compile.")
+    workers: int | None = _machine(None, "Processes that read images; 0: none beside the main one.", "[0, inf)", auto="from the cores")
+    debug: bool = _machine(False, "Show the traceback of an error.")
+
+    @property
+    def images_a_step(self) -> int:
+        return self.batch_size * self.grad_accum
+# fmt: on
+
+
+SIZES = ("patch_size", "hidden_dim", "n_encoders", "n_heads")
+# What belongs to one call and not to the run: never taken over from a file.
+OF_THE_CALL = (
+    "checkpoint_out_dir", "resume_checkpoint", "allow_changed_images", "config", "dry_run", "debug",
+)  # fmt: skip
+
+
+def flag(name: str) -> str:
+    """The option of a field: tau_end -> --tau-end."""
+    return "--" + name.replace("_", "-")
+
+
+def fields() -> dict[str, dataclasses.Field]:
+    """The options of `train` by field name, in the order of `--help`: all but INPUT_PATH."""
+    return {f.name: f for f in dataclasses.fields(TrainConfig) if f.metadata}
+
+
+def field_type(name: str) -> type:
+    """The type of an option's value, leaving out the None of `auto`."""
+    hint = get_type_hints(TrainConfig)[name]
+    return next((t for t in get_args(hint) if t not in (type(None), ...)), hint)
+
+
+def check_interval(name: str, value: float, within: str) -> None:
+    """Raises InputError unless `value` lies in `within`, such as "(0, 1]"; names what to give instead."""
+    low, high = (float(end) for end in within[1:-1].split(","))
+    above = value > low if within[0] == "(" else value >= low
+    below = value < high if within[-1] == ")" else value <= high
+    if above and below:
+        return
+    hint = f"; use {value / 100:g} for {value:g} %" if high == 1 and 1 < value <= 100 else ""
+    if math.isinf(high):
+        allowed = f"{'more than' if within[0] == '(' else 'at least'} {low:g}"
+    else:
+        ends = {"()": ", both excluded", "[)": f", {high:g} excluded", "(]": f", {low:g} excluded", "[]": ""}
+        allowed = f"between {low:g} and {high:g}{ends[within[0] + within[-1]]}"
+    raise InputError(f"{name} must be {allowed}, got {value:g}{hint}")
+
+
+def check(config: TrainConfig) -> None:
+    """Raises InputError, naming the option and what to give instead, for settings that cannot be meant."""
+    for name, field in fields().items():
+        value, choices = getattr(config, name), field.metadata["choices"]
+        if field.metadata["within"] and value is not None:
+            check_interval(flag(name), value, field.metadata["within"])
+        if choices and value not in choices:
+            raise InputError(f"{flag(name)} must be one of {', '.join(choices)}, got {value!r}")
+    first, last = config.tau_initial, config.tau_end
+    if first is not None and last is not None and last < first:
+        raise InputError(f"--tau-end {last:g} is below --tau-initial {first:g}, but tau rises during a run")
+    if config.model:
+        if typed := [flag(name) for name in SIZES if getattr(config, name) is not None]:
+            raise InputError(
+                f"--model {config.model} has sizes of its own; leave out {' and '.join(typed)}, or --model"
+            )
+    elif config.pretrained:
+        raise InputError("--pretrained needs --model NAME, the timm model whose weights it loads")
+    else:
+        _check_sizes(config)
+    if config.pretrained and config.init:
+        raise InputError("--pretrained and --init both say where to start from; give one of them")
+
+
+def _check_sizes(config: TrainConfig) -> None:
+    size, patch, width = config.image_size or 224, config.patch_size or 16, config.hidden_dim or 384
+    if size % patch or size == patch:
+        near = patch * max(2, round(size / patch))
+        why = f"is not divisible by --patch-size {patch}" if size % patch else "is a single patch"
+        raise InputError(f"--image-size {size} {why}; use --image-size {near}, or another --patch-size")
+    heads = config.n_heads or default_heads(width)
+    if heads is None:
+        raise InputError(
+            f"--hidden-dim {width} is not a multiple of 64; use --hidden-dim {64 * round(width / 64)}, or give --n-heads"
+        )
+    if width % heads:
+        near = min((h for h in range(1, width + 1) if width % h == 0), key=lambda h: abs(h - heads))
+        raise InputError(f"--n-heads {heads} does not divide --hidden-dim {width}; use --n-heads {near}")
+
+
+def default_heads(width: int) -> int | None:
+    """Heads of 64 channels, a single one below that; None where 64 does not divide the width."""
+    if width <= 64:
+        return 1
+    return width // 64 if width % 64 == 0 else None
+
+
+def read_config(path: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a run's config.json, with `given`, the typed options, in place of the file's.
+
+    Raises InputError for a file that is not a config.json.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--config {path} cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"--config {path} holds no settings; give the config.json of a run")
+    values = from_json(values, f"--config {path}")
+    if "model" in given:
+        values = {name: value for name, value in values.items() if name not in (*SIZES, "image_size")}
+    elif any(name in given for name in SIZES):
+        values.pop("model", None)
+    return {**{name: value for name, value in values.items() if name not in OF_THE_CALL}, **given}
+
+
+def from_json(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Settings as a file has them -> as TrainConfig has them. Raises InputError for unknown ones and other types."""
+    known, result = {f.name: f for f in dataclasses.fields(TrainConfig)}, {}
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"{where} has an unknown setting {name!r}{hint}")
+        kind = field_type(name)
+        if name == "set" and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+            value = tuple(value)
+        elif kind is float and type(value) is int:
+            value = float(value)
+        elif not (type(value) is kind or (value is None and known[name].default is None)):
+            raise InputError(f"{where}: {name} must be of type {kind.__name__}, got {value!r}")
+        result[name] = value
+    return result
+
+
+def to_json(config: TrainConfig) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What `resolve` needs to know of the images, the encoder, the method and the machine."""
+
+    n_images: int
+    image_size: int  # pixels, of the encoder that was built
+    depth: int  # blocks
+    recipe: Mapping[str, Any]  # what the method says of options left on auto
+    device: str
+    native_bf16: bool  # whether the device multiplies bf16 matrices in hardware
+    cores: int
+    processes: int = 1
+
+
+def steps_per_epoch(config: TrainConfig, n_images: int) -> int:
+    """Steps in which every image is seen at least once; every step is full."""
+    return -(-n_images // config.images_a_step)
+
+
+def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, dict[str, str]]:
+    """Fill in what was left on auto. Returns the full configuration and the reason for each value filled in."""
+    values: dict[str, Any] = {}
+    reasons: dict[str, str] = {}
+
+    def fill(name: str, value: Any, reason: str) -> None:
+        if getattr(config, name) in (None, "auto") and name not in values:
+            values[name], reasons[name] = value, reason
+
+    fill("image_size", facts.image_size, "the model's own")
+    if not config.model:
+        fill("patch_size", 16, "ViT-S/16")
+        fill("hidden_dim", 384, "ViT-S/16")
+        fill("n_encoders", facts.depth, "ViT-S/16")
+        fill("n_heads", default_heads(config.hidden_dim or 384), "width / 64")
+    if "tau_end" in facts.recipe:
+        # The teacher remembers 1 / (1 - tau) steps: 2 % of the run, where the paper has 1 %, at first a tenth of that.
+        memory = 0.02 * config.epochs * steps_per_epoch(config, facts.n_images)
+        why = f"the teacher's memory is {max(memory, 10):,.0f} steps, 2 % of the run"
+        fill("tau_end", round(1 - 1 / max(memory, 10), 6), why)
+        first = min(values.get("tau_end", config.tau_end), 1 - 1 / max(memory / 10, 2))
+        fill("tau_initial", round(first, 6), "a tenth of that memory at first")
+    if "max_lr_at_256" in facts.recipe:
+        lr = facts.recipe["max_lr_at_256"] * math.sqrt(config.images_a_step / 256)
+        fill("max_lr", float(f"{lr:.2g}"), f"{facts.recipe['max_lr_at_256']:g} x root of {config.images_a_step} / 256")
+    for name, value in facts.recipe.items():
+        if name in fields():
+            fill(name, value, f"default of {Path(config.method).stem}")
+    fill("device", facts.device, "the best present")
+    fast = "bf16" if facts.native_bf16 else "fp32"
+    fill(
+        "precision",
+        fast,
+        f"{facts.device} computes bf16 in hardware" if facts.native_bf16 else f"{facts.device} has no fast bf16",
+    )
+    fill(
+        "workers", min(8, max(1, facts.cores // facts.processes - 1)) if facts.cores > 1 else 0, f"{facts.cores} cores"
+    )
+    name = Path(config.input_path).resolve().name or "images"
+    fill("checkpoint_out_dir", str(Path("runs") / f"{name}-{Path(config.method).stem}"), "")
+    return dataclasses.replace(config, **values), reasons

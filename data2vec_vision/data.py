@@ -1,0 +1,157 @@
+"""The images as one infinite stream: what step t sees is a function of the seed and t.
+
+Position p of the stream is image permutation(seed, p // N)[p % N], N the number of images, and step t
+takes positions [t*G, (t+1)*G), G images a step. What is random about position p is drawn under
+(seed, p). So neither the workers nor the point where a run was resumed change what is trained on.
+"""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing.context import BaseContext
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data2vec_vision.masking import MaskSampler
+from data2vec_vision.seeding import derive, generator, seeded
+from data2vec_vision.sources import ImageFolder, read_image
+from data2vec_vision.transforms import ViewTransform
+
+REPLACEMENTS = 20  # images tried in place of an unreadable one
+
+
+class Stream:
+    """The infinite sequence of images: every N positions hold each of N images once, in a fresh order."""
+
+    def __init__(self, n_images: int, seed: int):
+        self.n_images = n_images
+        self.seed = seed
+        self._permutation = lru_cache(maxsize=2)(self._draw_permutation)
+
+    def image(self, position: int) -> int:
+        """The index, in [0, N), of the image at `position`."""
+        return int(self._permutation(position // self.n_images)[position % self.n_images])
+
+    def _draw_permutation(self, epoch: int) -> Tensor:
+        return torch.randperm(self.n_images, generator=generator(self.seed, "order", epoch))
+
+
+@dataclass
+class MicroBatches:
+    """The positions, with their images, of each forward pass of this process, from step `first_step` on."""
+
+    stream: Stream
+    batch_size: int  # images of a pass, over all processes
+    grad_accum: int
+    first_step: int
+    last_step: int
+    rank: int = 0
+    processes: int = 1
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        share = self.batch_size // self.processes
+        for micro in range(self.first_step * self.grad_accum, self.last_step * self.grad_accum):
+            start = micro * self.batch_size + self.rank * share
+            yield [(p, self.stream.image(p)) for p in range(start, start + share)]
+
+    def __len__(self) -> int:
+        return (self.last_step - self.first_step) * self.grad_accum
+
+
+@dataclass
+class Sample:
+    """One position of the stream."""
+
+    views: list[Tensor]  # uint8 [3, h, w] each
+    masks: dict[str, Tensor]
+    bad: dict[int, str]  # the unreadable images met on the way, with the reason
+
+
+@dataclass
+class Batch:
+    """A forward pass: V views, each uint8 [B, 3, h, w], index tensors [B, ...], and unreadable images."""
+
+    views: list[Tensor]
+    masks: dict[str, Tensor]
+    bad: dict[int, str]
+
+    def pin_memory(self) -> "Batch":
+        return self._map(Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> "Batch":
+        return self._map(lambda t: t.to(device, non_blocking=True))
+
+    def _map(self, f: Callable[[Tensor], Tensor]) -> "Batch":
+        return Batch([f(v) for v in self.views], {k: f(m) for k, m in self.masks.items()}, self.bad)
+
+
+class StreamDataset(Dataset):
+    """(position, image) -> Sample. An unreadable image is replaced by a function of its index."""
+
+    def __init__(self, source: ImageFolder, views: ViewTransform, masks: MaskSampler, seed: int):
+        self.source, self.views, self.masks, self.seed = source, views, masks, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        position, index = key
+        image, bad = self.readable(index)
+        with seeded(self.seed, "views", position), one_thread():
+            views = self.views(image)
+        return Sample(views, self.masks(generator(self.seed, "masks", position)), bad)
+
+    def readable(self, index: int) -> tuple[Image.Image, dict[int, str]]:
+        """Image `index` or the replacement for it, and the unreadable images met, with the reasons."""
+        bad: dict[int, str] = {}
+        for attempt in range(REPLACEMENTS + 1):
+            chosen = index if attempt == 0 else derive(index, attempt) % len(self.source)
+            image = read_image(self.source, chosen)
+            if isinstance(image, Image.Image):
+                return image, bad
+            bad[chosen] = image
+        # So many in a row mean that the folder is beyond the share of bad files that ends the run.
+        return Image.new("RGB", (64, 64)), bad
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One torch thread inside, so that a view does not depend on who makes it: workers have one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def collate(samples: list[Sample]) -> Batch:
+    return Batch(
+        [torch.stack(views) for views in zip(*(s.views for s in samples))],
+        {name: torch.stack([s.masks[name] for s in samples]) for name in samples[0].masks},
+        {index: reason for s in samples for index, reason in s.bad.items()},
+    )
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the whole process group; the main process ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def make_loader(
+    dataset: StreamDataset, batches: MicroBatches, workers: int, pin: bool, context: str | BaseContext | None = None
+) -> DataLoader:
+    """Batches in order, whatever the number of workers."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin,
+        worker_init_fn=leave_signals_to_parent,
+        multiprocessing_context=context if workers else None,
+        generator=torch.Generator(),  # the loader draws its workers' base seed; keep it off the global generator
+    )

@@ -1,0 +1,78 @@
+"""What the machine has: its devices, what they are good at, its cores."""
+
+import os
+import platform
+
+import numpy
+import PIL
+import timm
+import torch
+import torchvision
+
+from data2vec_vision import distributed
+from data2vec_vision.errors import InputError
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of that name, or the best one present. Raises InputError for one that is not there."""
+    if name is None:
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        name = accelerator.type if accelerator else "cpu"
+    if not device_exists(name):
+        raise InputError(f"there is no device {name!r} here; there is {', '.join(devices())}")
+    device = torch.device(name)
+    if device.type == "cuda":
+        device = torch.device("cuda", distributed.local_rank() if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def devices() -> list[str]:
+    """The names of the devices present."""
+    if not torch.accelerator.is_available():
+        return ["cpu"]
+    kind = torch.accelerator.current_accelerator().type
+    return ["cpu", kind, *(f"{kind}:{n}" for n in range(torch.accelerator.device_count()))]
+
+
+def device_exists(name: str) -> bool:
+    return name in devices()
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 matrices in hardware, faster than fp32 ones."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "xpu"
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def device_name(device: torch.device) -> str:
+    """The device with what it is, for people: "cpu (2 cores)", "cuda:0 (NVIDIA H200)"."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    if device.type == "cpu":
+        return f"cpu ({cores()} cores, {platform.machine()})"
+    return str(device)
+
+
+def environment() -> dict[str, str]:
+    """What the bits of a result depend on beside the program, by name."""
+    libraries = (torch, torchvision, timm, PIL, numpy)
+    return {m.__name__: m.__version__ for m in libraries} | {"threads": str(torch.get_num_threads())}
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held so far, on the device or, for the CPU, in memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

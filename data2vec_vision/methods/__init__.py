@@ -1,0 +1,74 @@
+"""The methods: each a file in this folder, whose name is its `--method` name."""
+
+import difflib
+import importlib
+import importlib.util
+import pkgutil
+from pathlib import Path
+from types import ModuleType
+
+from data2vec_vision.config import flag
+from data2vec_vision.errors import InputError, one_line
+from data2vec_vision.knobs import knobs
+from data2vec_vision.methods.base import Method
+
+
+def names() -> list[str]:
+    """The methods that come with the package."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "base")
+
+
+def find(name: str) -> type[Method]:
+    """The Method of `--method`: by name, or the one defined in a Python file of the user's.
+
+    Raises InputError for an unknown name and for a file without exactly one Method.
+    """
+    if name in names():
+        return _only_method(importlib.import_module(f"{__name__}.{name}"), name)
+    if name.endswith(".py"):
+        return _only_method(_import_file(Path(name)), name)
+    near = difflib.get_close_matches(name, names(), n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names())}"
+    raise InputError(f"there is no method {name!r}; {hint}")
+
+
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise InputError(f"--method {path}: there is no such file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises is the user's to read
+        raise InputError(f"--method {path} cannot be imported: {one_line(error)}") from error
+    return module
+
+
+def _only_method(module: ModuleType, name: str) -> type[Method]:
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise InputError(f"--method {name} must define one class derived from Method, it defines {len(found)}")
+    return found[0]
+
+
+def explain(name: str | None) -> str:
+    """The methods in a line each, or one method's knobs with meaning, default and the paper's value."""
+    if name is None:
+        return "\n".join(f"{n:<10} {first_line(find(n))}" for n in names())
+    method = find(name)
+    rows = [f"{first_line(method)}", ""]
+    for knob, field in knobs(method.Config).items():
+        option, paper = field.metadata["option"], field.metadata["paper"]
+        how = flag(option) if option else f"--set {knob}=VALUE"
+        rows.append(f"{how:<32} {field.metadata['meaning']}")
+        rows.append(f"{'':<32} default {field.default}" + (f", the paper's {paper}" if paper else ""))
+    return "\n".join(rows)
+
+
+def first_line(method: type[Method]) -> str:
+    return (method.__doc__ or "").strip().splitlines()[0]

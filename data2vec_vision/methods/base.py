@@ -1,0 +1,178 @@
+"""What every method is: a module with a student, and a training step in five hooks."""
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+
+from data2vec_vision.checkpoint import load_encoder
+from data2vec_vision.errors import InputError
+from data2vec_vision.knobs import check_knobs
+from data2vec_vision.masking import MaskSampler
+from data2vec_vision.transforms import ViewTransform
+from data2vec_vision.vit import DEFAULT_MODEL, MaskedVisionTransformer, build_vit
+
+
+class Output(NamedTuple):
+    """What a training step gives."""
+
+    loss: Tensor  # scalar, at least fp32
+    embedding: Tensor  # [B, D], detached
+    logs: dict[str, Tensor]  # detached scalars, on the device
+    extras: dict[str, Tensor]  # predictions, targets, masks ...
+
+
+class Method(nn.Module):
+    """A self-supervised method, usable in anybody's loop.
+
+    In training mode `method(views)` takes one batch of normalised images [B, 3, H, W], or the list of
+    views that the method asks for, and returns an Output whose `.loss.backward()` works. In eval mode it
+    returns the embedding of the unmasked images with a zero loss. After `optimizer.step()` call
+    `after_step(progress)`, with the share of the run that is done: it is what moves the teacher.
+
+    `encoder` is the name of a timm VisionTransformer or a ready one; `pretrained=True` loads timm's
+    weights. Everything else is a knob of the method's Config.
+    """
+
+    @dataclass(frozen=True)
+    class Config:
+        """A method's own knobs, each a `knob`. Raises InputError for a value out of its range."""
+
+        def __post_init__(self) -> None:
+            check_knobs(self)
+
+    recipe: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {}
+    )  # options of `train` that the method wants otherwise than by default
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)  # AdamW's
+    pool: ClassVar[str] = "mean"  # what `embed` gives: "mean", or "cls"
+    mask_token: ClassVar[bool] = False  # whether hidden patches are replaced by a token, rather than left out
+
+    def __init__(
+        self,
+        encoder: str | VisionTransformer = DEFAULT_MODEL,
+        image_size: int | tuple[int, int] | None = None,
+        pretrained: bool = False,
+        **knobs: Any,
+    ):
+        super().__init__()
+        unknown = set(knobs) - {f.name for f in fields(self.Config)}
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no knob named {', '.join(sorted(unknown))}")
+        self.config: Any = self.Config(**knobs)
+        if isinstance(encoder, str):
+            size = {} if image_size is None else {"img_size": image_size}
+            encoder = build_vit(encoder, pretrained, **size)
+        self.student = MaskedVisionTransformer(encoder, mask_token=self.mask_token)
+        self.student.pool = self.pool
+        self.teacher: MaskedVisionTransformer | None = None
+        self._after_step_called = False
+        self._backward_ran = False
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], map_location: Any = "cpu") -> MaskedVisionTransformer:
+        """The encoder in a student file of this method, in eval mode, ready for `features, hidden_states = encoder(x)`.
+
+        Raises ValueError for a file that another method wrote, naming its class.
+        """
+        encoder, content = load_encoder(path, map_location)
+        ours = cls.__module__.rpartition(".")[2]
+        if Path(content["method"]).stem != ours:
+            raise InputError(f"{path} was trained with {content['method']}, not {ours}: load it with d2v.load(path)")
+        return encoder
+
+    @property
+    def encoders(self) -> dict[str, MaskedVisionTransformer]:
+        """The encoders that a run saves, by name: the student, and the teacher where there is one."""
+        return {"student": self.student} | ({} if self.teacher is None else {"teacher": self.teacher})
+
+    def describe(self) -> str:
+        """What the method will do, in one line for the plan: views, masks, target."""
+        raise NotImplementedError
+
+    def views(self) -> ViewTransform:
+        """What one image becomes: picklable, runs in workers, PIL image -> list of uint8 views [3, h, w]."""
+        raise NotImplementedError
+
+    def masks(self) -> MaskSampler:
+        """What draws one image's masks: picklable, runs in workers, generator -> index tensors by name."""
+        return no_masks
+
+    def forward(self, views: Tensor | list[Tensor], masks: dict[str, Tensor] | None = None) -> Output:
+        views = [views] if isinstance(views, Tensor) else views
+        if not self.training:
+            embedding = self.student.embed(views[0])
+            return Output(embedding.new_zeros((), dtype=torch.float32), embedding, {}, {})
+        if masks is None:
+            masks = self.sample_masks(len(views[0]), views[0].device)
+        output = self.training_step(views, masks)
+        self._warn_if_teacher_stands_still(output.loss)
+        return output
+
+    def training_step(self, views: list[Tensor], masks: dict[str, Tensor]) -> Output:
+        """The method itself: views [B, 3, H, W] each and masks [B, ...] -> Output."""
+        raise NotImplementedError
+
+    def sample_masks(self, batch: int, device: torch.device) -> dict[str, Tensor]:
+        """Masks for a batch, drawn from torch's default generator: index tensors [B, ...]."""
+        draw = self.masks()
+        samples = [draw(torch.default_generator) for _ in range(batch)]
+        return {name: torch.stack([s[name] for s in samples]).to(device) for name in samples[0]}
+
+    def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Parameters with a gradient, with timm's rule: no decay for vectors, biases and position embeddings."""
+        undecayed = [
+            f"{prefix}.{name}" if prefix else name
+            for prefix, module in self.named_modules()
+            if hasattr(module, "no_weight_decay")
+            for name in module.no_weight_decay()
+        ]
+        return param_groups_weight_decay(self, weight_decay, no_weight_decay_list=undecayed)
+
+    def scheduled(self, progress: float) -> dict[str, float]:
+        """What the method changes in the course of a run, such as tau, at `progress` in [0, 1]; for the log."""
+        return {}
+
+    def before_step(self, progress: float) -> None:
+        """Called between backward and the optimizer's step."""
+
+    def after_step(self, progress: float) -> None:
+        """Called after the optimizer's step; `progress` in (0, 1] is the share of the run that is done."""
+        self._after_step_called = True
+
+    def train(self, mode: bool = True) -> "Method":
+        """As nn.Module.train, but the teacher stays in eval mode: its targets carry no dropout noise."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def _warn_if_teacher_stands_still(self, loss: Tensor) -> None:
+        """Once, at the first forward after an optimizer step that `after_step` did not follow."""
+        if self.teacher is None or self._after_step_called or torch.compiler.is_compiling() or not loss.requires_grad:
+            return
+        first = next(p for p in self.parameters() if p.requires_grad)
+        if self._backward_ran and first.grad is None:  # gradients were there, and a step has cleared them
+            self._after_step_called = True
+            warnings.warn(
+                f"the teacher of {type(self).__name__} has not moved: call after_step(progress) after each "
+                "optimizer.step(), with the share of the run that is done",
+                stacklevel=4,
+            )
+        loss.register_hook(self._note_backward)
+
+    def _note_backward(self, gradient: Tensor) -> None:
+        self._backward_ran = True
+
+
+def no_masks(generator: torch.Generator) -> dict[str, Tensor]:
+    """For a method that hides nothing."""
+    return {}

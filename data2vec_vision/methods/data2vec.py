@@ -1,0 +1,142 @@
+"""data2vec: predict, from an image with hidden patches, what a slow copy of the network makes of the whole image.
+
+Baevski et al. 2022, "data2vec: A General Framework for Self-supervised Learning in Speech, Vision and
+Language", sections 3 and 4.1. Shapes: B batch, S patches, Q hidden patches, D width, K top blocks.
+
+What differs from the paper's vision recipe: the target is the feed-forward outputs with instance norm, as
+in the paper's speech recipe and in data2vec 2.0, because it learns on small data sets, where block
+outputs with layer norm (`target_output=block target_norm=layer`) hardly do; every image has exactly
+the same number of hidden patches; the teacher's tau may rise. The loss is a mean over images of equal
+weight, so gradient accumulation changes nothing.
+"""
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from data2vec_vision.ema import ema_update, frozen_copy
+from data2vec_vision.errors import InputError
+from data2vec_vision.knobs import knob
+from data2vec_vision.masking import MaskSampler, block_mask
+from data2vec_vision.methods.base import Method, Output
+from data2vec_vision.patches import take
+from data2vec_vision.schedules import linear_ramp
+from data2vec_vision.transforms import Views, ViewTransform, augmentation
+from data2vec_vision.vit import DEFAULT_MODEL, has_separate_ffn
+
+
+@dataclass(frozen=True)
+class BlockMasks:
+    """Draws {"query": the hidden patches of one image, int64 [Q]}."""
+
+    grid: tuple[int, int]
+    n_masked: int
+
+    def __call__(self, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"query": block_mask(self.grid, self.n_masked, generator)}
+
+
+class Data2Vec(Method):
+    """data2vec for images (Baevski et al. 2022)."""
+
+    @dataclass(frozen=True)
+    class Config(Method.Config):
+        top_k_blocks: int | None = knob(
+            None, "how many of the last blocks are averaged into the target; none: all", "[1, inf)", "6 of 12", "k"
+        )
+        mask_ratio: float = knob(0.6, "share of the patches that is hidden", "(0, 1)", "0.6", "mask_erase_pct")
+        beta: float = knob(2.0, "error at which smooth L1 turns from square to straight", "[0, inf)", "2", "beta")
+        tau_initial: float = knob(0.9998, "the teacher's EMA factor at the start", "[0, 1]", "0.9998", "tau_initial")
+        tau_end: float = knob(0.9998, "the teacher's EMA factor after its rise", "[0, 1]", "0.9998", "tau_end")
+        tau_increase_pct: float = knob(
+            0.3, "share of the run in which tau rises", "[0, 1]", "no rise", "tau_increase_pct"
+        )
+        target_output: Literal["ffn", "block"] = knob("ffn", "the state of a block that is predicted", paper="block")
+        target_norm: Literal["instance", "layer"] = knob("instance", "norm of each block's state", paper="layer")
+        crop_min: float = knob(0.2, "smallest share of the image that a crop keeps", "(0, 1]", "0.08")
+        color_jitter: float = knob(0.4, "strength of the colour jitter", "[0, 1]", "0.4")
+        flip: float = knob(0.5, "probability of a mirror image", "[0, 1]", "0.5")
+
+    recipe = MappingProxyType({"max_lr_at_256": 1e-3, "warmup_pct": 0.1, "weight_decay": 0.05, "clip_grad": 3.0})
+    mask_token = True
+
+    def __init__(
+        self,
+        encoder: str | VisionTransformer = DEFAULT_MODEL,
+        image_size: int | tuple[int, int] | None = None,
+        pretrained: bool = False,
+        **knobs: Any,
+    ):
+        super().__init__(encoder, image_size, pretrained, **knobs)
+        L, S = self.student.depth, self.student.grid[0] * self.student.grid[1]
+        K = self.config.top_k_blocks or L
+        if K > L:
+            raise InputError(f"--k {K} is more than the {L} blocks of the encoder; use --k {L} or less")
+        if self.config.target_output == "ffn" and not has_separate_ffn(self.student.vit):
+            raise InputError(
+                "the blocks of this encoder have no separate feed-forward network; use --set target_output=block"
+            )
+        self.top_blocks = range(L - K, L)
+        self.n_masked = min(max(round(self.config.mask_ratio * S), 1), S - 1)
+        self.regressor = nn.Linear(self.student.embed_dim, self.student.embed_dim)
+        self.teacher = frozen_copy(self.student)
+
+    def describe(self) -> str:
+        c, S = self.config, self.student.grid[0] * self.student.grid[1]
+        state = "feed-forward outputs" if c.target_output == "ffn" else "outputs"
+        return (
+            f"1 view an image, {self.n_masked} of {S} patches hidden in blocks; the target is the {state} "
+            f"of the top {len(self.top_blocks)} of {self.student.depth} blocks, {c.target_norm} norm"
+        )
+
+    def views(self) -> ViewTransform:
+        c = self.config
+        return Views(augmentation(tuple(self.student.vit.patch_embed.img_size), c.crop_min, c.flip, c.color_jitter))
+
+    def masks(self) -> MaskSampler:
+        return BlockMasks(self.student.grid, self.n_masked)
+
+    def training_step(self, views: list[Tensor], masks: dict[str, Tensor]) -> Output:
+        target = self.target(views[0], masks["query"])
+        encoded = self.student.encode(views[0], query=masks["query"])
+        prediction = self.regressor(take(encoded.tokens, masks["query"])).float()
+        loss = F.smooth_l1_loss(prediction, target, beta=self.config.beta)
+        logs = {
+            "target_std": target.std(dim=(0, 1)).mean(),
+            "prediction_std": prediction.detach().std(dim=(0, 1)).mean(),
+        }
+        return Output(
+            loss, encoded.tokens.detach().mean(dim=1), logs, {"prediction": prediction, "target": target, **masks}
+        )
+
+    @torch.no_grad()
+    def target(self, images: Tensor, query: Tensor) -> Tensor:
+        """y = LN((1 / K) sum over the top K blocks of norm(h)), of the unmasked images, at the hidden patches.
+
+        images [B, 3, H, W], query [B, Q] -> float32 [B, Q, D].
+        """
+        hidden = self.teacher.encode(images, hidden=self.top_blocks, output=self.config.target_output).hidden
+        norm = instance_norm if self.config.target_norm == "instance" else layer_norm
+        mean = torch.stack([norm(h.float()) for h in hidden]).mean(dim=0)
+        return layer_norm(take(mean, query))
+
+    def after_step(self, progress: float) -> None:
+        super().after_step(progress)
+        ema_update(self.teacher, self.student, self.scheduled(progress)["tau"])
+
+    def scheduled(self, progress: float) -> dict[str, float]:
+        c = self.config
+        return {"tau": linear_ramp(progress, c.tau_initial, c.tau_end, c.tau_increase_pct)}
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:])
+
+
+def instance_norm(x: Tensor) -> Tensor:
+    return F.instance_norm(x.transpose(1, 2)).transpose(1, 2)

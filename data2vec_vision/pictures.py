@@ -1,0 +1,47 @@
+"""Pictures for people: rows of small images with captions."""
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
+
+BACKGROUND, INK = (250, 250, 250), (40, 40, 40)
+GAP, CAPTION = 6, 18  # pixels
+
+Tile = tuple[Image.Image, str, tuple[int, int, int] | None]  # image, caption, colour of its frame if any
+
+
+def grid(rows: Sequence[Sequence[Tile]], side: int = 112, title: str = "") -> Image.Image:
+    """One picture of rows of tiles, each scaled to `side` pixels, its caption below it."""
+    columns = max(len(row) for row in rows)
+    top = CAPTION + 2 * GAP if title else GAP
+    step_x, step_y = side + GAP, side + CAPTION + GAP
+    page = Image.new("RGB", (GAP + columns * step_x, top + len(rows) * step_y), BACKGROUND)
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(13)
+    if title:
+        draw.text((GAP, GAP), title, INK, font)
+    for r, row in enumerate(rows):
+        for c, (image, caption, frame) in enumerate(row):
+            x, y = GAP + c * step_x, top + r * step_y
+            sharp = Image.Resampling.NEAREST if max(image.size) < side / 2 else Image.Resampling.LANCZOS
+            page.paste(image.convert("RGB").resize((side, side), sharp), (x, y))
+            if frame:
+                draw.rectangle((x - 2, y - 2, x + side + 1, y + side + 1), outline=frame, width=3)
+            draw.text((x + 2, y + side + 1), caption, INK, font)
+    return page
+
+
+def masked(view: Tensor, patch_size: int, masks: dict[str, Tensor]) -> Image.Image:
+    """A view, uint8 [3, H, W], with the patches that the student does not see in grey.
+
+    `masks` of one image: `query` are the hidden patches, or `keep` the seen ones.
+    """
+    rows, columns = view.shape[1] // patch_size, view.shape[2] // patch_size
+    everything = set(range(rows * columns))
+    hidden = set(masks["query"].tolist()) if "query" in masks else everything - set(masks["keep"].tolist())
+    image = view.clone()
+    for index in hidden:
+        y, x = index // columns * patch_size, index % columns * patch_size
+        image[:, y : y + patch_size, x : x + patch_size] = 128
+    return to_pil_image(image)

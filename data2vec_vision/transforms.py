@@ -1,0 +1,143 @@
+"""From an image to what a method sees: patch sequences, augmented views, and the one evaluation transform.
+
+Shapes: C channels, H x W pixels, P patch side, S patches, `*` any leading dimensions or none.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from data2vec_vision.patches import patchify, unpatchify
+
+# One image -> its views, uint8 [3, h, w] each.
+ViewTransform = Callable[[Image.Image], list[Tensor]]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class ViTPatchesTransform(nn.Module):
+    """Cuts images into square patches: [*, C, H, W] -> [*, S, C, P, P], row by row."""
+
+    def __init__(self, patch_size: int = 16):
+        super().__init__()
+        self.patch_size = patch_size
+
+    def forward(self, image: Tensor) -> Tensor:
+        *lead, C, H, W = image.shape
+        patches = patchify(image.reshape(-1, C, H, W), self.patch_size)
+        return patches.reshape(*lead, -1, C, self.patch_size, self.patch_size)
+
+
+class PatchesToSequence(nn.Module):
+    """Flattens each patch: [*, S, C, P, P] -> [*, S, C*P*P], the sequence that a model takes."""
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return patches.flatten(-3)
+
+
+class JoinPatchSequence(nn.Module):
+    """Joins patches to an image, the inverse of ViTPatchesTransform and PatchesToSequence.
+
+    Takes [*, S, C, P, P] or [*, S, C*P*P] and gives [*, C, H, W]. `image_size` is (H, W); without
+    it the image is taken to be square.
+    """
+
+    def __init__(self, patch_size: int = 16, image_size: tuple[int, int] | None = None):
+        super().__init__()
+        self.patch_size = patch_size
+        self.image_size = image_size
+
+    def forward(self, patches: Tensor) -> Tensor:
+        P = self.patch_size
+        if patches.dim() >= 4 and patches.shape[-2:] == (P, P):
+            patches = patches.flatten(-3)
+        *lead, S, length = patches.shape
+        side = round(S**0.5)
+        H, W = self.image_size or (side * P, side * P)
+        image = unpatchify(patches.reshape(-1, S, length), P, (H // P, W // P))
+        return image.reshape(*lead, *image.shape[1:])
+
+
+class UnNormalize(nn.Module):
+    """Undoes Normalize(mean, std): [*, C, H, W] -> the same shape, in [0, 1] for a normalised image."""
+
+    def __init__(self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD):
+        super().__init__()
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    def forward(self, image: Tensor) -> Tensor:
+        mean = torch.tensor(self.mean, dtype=image.dtype, device=image.device).view(-1, 1, 1)
+        std = torch.tensor(self.std, dtype=image.dtype, device=image.device).view(-1, 1, 1)
+        return image * std + mean
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """What `extract`, `evaluate` and a loaded encoder do to an image; it travels in the student file.
+
+    The whole image is resized to (H, W) without a crop, then normalised, exactly as torchvision's
+    Resize, ToTensor and Normalize do. `resized` and `normalized` are its two halves: the first runs
+    in a worker and keeps bytes, the second on the device.
+    """
+
+    image_size: tuple[int, int]
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """A PIL image -> float32 [3, H, W]."""
+        return self.normalized(self.resized(image))
+
+    def resized(self, image: Image.Image) -> Tensor:
+        """A PIL image -> uint8 [3, H, W]."""
+        resize = v2.Resize(self.image_size, interpolation=v2.InterpolationMode.BILINEAR)
+        return v2.functional.pil_to_tensor(resize(image.convert("RGB")))
+
+    def normalized(self, pixels: Tensor) -> Tensor:
+        """uint8 [*, 3, H, W] on any device -> float32 of the same shape."""
+        return v2.functional.normalize(pixels.float() / 255, list(self.mean), list(self.std))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: list(value) for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ImageTransform":
+        return cls(**{name: tuple(value) for name, value in values.items()})
+
+
+class Views:
+    """One image -> a list of views, each drawn by its own transform: uint8 tensors [3, h, w].
+
+    The random numbers are torch's, `random`'s and numpy's global ones, seeded by the caller per image.
+    """
+
+    def __init__(self, *transforms: nn.Module):
+        self.transforms = transforms
+
+    def __call__(self, image: Image.Image) -> list[Tensor]:
+        return [transform(image) for transform in self.transforms]
+
+
+def augmentation(
+    image_size: tuple[int, int], crop_min: float = 0.2, flip: float = 0.5, color_jitter: float = 0.0
+) -> v2.Compose:
+    """Random resized crop, flip and colour jitter of a PIL image: -> uint8 [3, H, W].
+
+    `crop_min` is the smallest share of the image's area that a crop may keep, in (0, 1]; `flip` the
+    probability of a mirror image; `color_jitter` the strength of brightness, contrast and saturation.
+    The jitter comes after the crop, where it costs the pixels of the view and not of the photo.
+    """
+    steps: list[nn.Module] = [
+        v2.RandomResizedCrop(image_size, scale=(crop_min, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
+    ]
+    if flip:
+        steps.append(v2.RandomHorizontalFlip(flip))
+    if color_jitter:
+        steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
+    return v2.Compose([*steps, v2.PILToTensor()])
