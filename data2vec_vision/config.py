@@ -7,11 +7,12 @@ import dataclasses
 import difflib
 import json
 import math
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from data2vec_vision.errors import InputError
 
@@ -113,7 +114,9 @@ def fields() -> dict[str, dataclasses.Field]:
 def field_type(name: str) -> type:
     """The type of an option's value, leaving out the None of `auto`."""
     hint = get_type_hints(TrainConfig)[name]
-    return next((t for t in get_args(hint) if t not in (type(None), ...)), hint)
+    if isinstance(hint, types.UnionType):
+        return next(t for t in get_args(hint) if t is not type(None))
+    return get_origin(hint) or hint
 
 
 def check_interval(name: str, value: float, within: str) -> None:
@@ -265,6 +268,8 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, dict[str, s
     if "max_lr_at_256" in facts.recipe:
         lr = facts.recipe["max_lr_at_256"] * math.sqrt(config.images_a_step / 256)
         fill("max_lr", float(f"{lr:.2g}"), f"{facts.recipe['max_lr_at_256']:g} x root of {config.images_a_step} / 256")
+    if "k" in facts.recipe:
+        fill("k", facts.recipe["k"] or facts.depth, "all blocks of the encoder")
     for name, value in facts.recipe.items():
         if name in fields():
             fill(name, value, f"default of {Path(config.method).stem}")

@@ -22,7 +22,7 @@ from data2vec_vision.seeding import derive, generator, seeded
 from data2vec_vision.sources import ImageFolder, read_image
 from data2vec_vision.transforms import ViewTransform
 
-REPLACEMENTS = 20  # images tried in place of an unreadable one
+BAD_TRIES = 20  # images tried in place of an unreadable one
 
 
 class Stream:
@@ -106,7 +106,7 @@ class StreamDataset(Dataset):
     def readable(self, index: int) -> tuple[Image.Image, dict[int, str]]:
         """Image `index` or the replacement for it, and the unreadable images met, with the reasons."""
         bad: dict[int, str] = {}
-        for attempt in range(REPLACEMENTS + 1):
+        for attempt in range(BAD_TRIES + 1):
             chosen = index if attempt == 0 else derive(index, attempt) % len(self.source)
             image = read_image(self.source, chosen)
             if isinstance(image, Image.Image):

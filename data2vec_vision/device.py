@@ -62,10 +62,10 @@ def device_name(device: torch.device) -> str:
     return str(device)
 
 
-def environment() -> dict[str, str]:
-    """What the bits of a result depend on beside the program, by name."""
+def versions() -> dict[str, str]:
+    """The libraries and the number of threads that the bits of a result depend on, by name."""
     libraries = (torch, torchvision, timm, PIL, numpy)
-    return {m.__name__: m.__version__ for m in libraries} | {"threads": str(torch.get_num_threads())}
+    return {m.__name__: str(m.__version__) for m in libraries} | {"threads": str(torch.get_num_threads())}
 
 
 def peak_memory(device: torch.device) -> int:

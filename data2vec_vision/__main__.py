@@ -1,0 +1,224 @@
+"""The command line: one thin command per job. torch is imported inside the commands, not for `--help`."""
+
+import os
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from data2vec_vision.config import GROUPS, TrainConfig, field_type, fields, flag, read_config
+from data2vec_vision.errors import InputError, RunFailed, Stopped
+
+
+class Auto(click.ParamType):
+    """A value of another type, or the word auto, which leaves the choice to the program."""
+
+    def __init__(self, kind: type):
+        self.inner = click.types.convert_type(kind)
+        self.name = self.inner.name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return None if value == "auto" else self.inner.convert(value, param, ctx)
+
+
+class GroupedCommand(click.Command):
+    """A command whose `--help` lists its options under the headings of config.GROUPS."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for group in GROUPS:
+            rows = [
+                record
+                for param in self.get_params(ctx)
+                if group == (fields()[param.name].metadata["group"] if param.name in fields() else None)
+                and (record := param.get_help_record(ctx))
+            ]
+            with formatter.section(group):
+                formatter.write_dl(rows)
+
+
+def train_option(name: str) -> click.Option:
+    """The option of a field of TrainConfig."""
+    field, kind = fields()[name], field_type(name)
+    meta = field.metadata
+    help = meta["help"] + (f"  [auto: {meta['auto']}]" if meta["auto"] else "")
+    if name == "compile":
+        return click.Option(["--compile/--no-compile"], default=False, help=help)
+    if kind is bool:
+        return click.Option([flag(name)], is_flag=True, help=help)
+    if name == "set":
+        return click.Option([flag(name)], multiple=True, metavar=meta["metavar"], help=help)
+    if meta["choices"]:
+        return click.Option([flag(name)], type=click.Choice(meta["choices"]), default=field.default, help=help)
+    return click.Option(
+        [flag(name)],
+        type=kind if field.default is not None else Auto(kind),
+        default=field.default,
+        metavar=meta["metavar"] or None,
+        show_default=field.default is not None,
+        help=help,
+    )
+
+
+POOL = "One vector an image, or all its patches.  [default: the method's]"
+LAYER = "Take the output of this block, 1 the first.  [default: after the final norm]"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="data2vec_vision")
+def cli() -> None:
+    """Pretrain Vision Transformers by self-supervision on a folder of your own images.
+
+    \b
+    python -m data2vec_vision train photos/
+    python -m data2vec_vision extract runs/photos-data2vec/student_99.pt photos/ --output features.npz
+    """
+
+
+@click.pass_context
+def train_command(ctx: click.Context, **values: Any) -> None:
+    """Pretrain on the images below the folder INPUT_PATH, with or without class folders.
+
+    \b
+    python -m data2vec_vision train photos/
+    python -m data2vec_vision train photos/ --image-size 32 --patch-size 4 --hidden-dim 192 --n-encoders 6
+    """
+    typed = {
+        name: value
+        for name, value in values.items()
+        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    }
+    if typed.get("config"):
+        values |= read_config(typed["config"], typed)
+    if values["dry_run"]:
+        from data2vec_vision.dry_run import dry_run as job
+    else:
+        from data2vec_vision.train import train as job
+    job(TrainConfig(**values), typed)
+
+
+cli.add_command(
+    GroupedCommand(
+        "train",
+        callback=train_command,
+        params=[click.Argument(["input_path"], default="", metavar="INPUT_PATH"), *map(train_option, fields())],
+        help=train_command.__doc__,
+    )
+)
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.argument("input_path")
+@click.option("--output", required=True, metavar="FILE", help="Where to write: a name ending in .npz or .npy.")
+@click.option(
+    "--pool",
+    type=click.Choice(["mean", "cls", "patch"]),
+    help=POOL,
+)
+@click.option(
+    "--layer",
+    type=click.IntRange(1),
+    help=LAYER,
+)
+@click.option(
+    "--encoder",
+    type=click.Choice(["student", "teacher"]),
+    default="student",
+    show_default=True,
+    help="Which one of a training checkpoint.",
+)
+@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images in one forward pass.")
+@click.option("--workers", type=click.IntRange(0), help="Processes that read images.  [default: from the cores]")
+@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps, ...  [default: the best present]")
+@click.option(
+    "--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Of the forward pass."
+)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def extract(checkpoint: str, input_path: str, output: str, debug: bool, **options: Any) -> None:
+    """Write the features of the images below INPUT_PATH, by the encoder in the file CHECKPOINT.
+
+    \b
+    python -m data2vec_vision extract student_99.pt photos/ --output features.npz
+    """
+    from data2vec_vision.extract import extract
+
+    extract(checkpoint, input_path, output, **options)
+
+
+@cli.command()
+@click.argument("directory")
+def sample(directory: str) -> None:
+    """Write 2,000 small images in ten class folders to DIRECTORY, to try things on."""
+    from data2vec_vision.samples import write_samples
+
+    click.echo(write_samples(directory))
+
+
+@cli.command()
+@click.argument("directory", default="demo")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of everything random.")
+def demo(directory: str, seed: int) -> None:
+    """Train on the images that come with the package and show what was learned, in 3 minutes on 2 cores."""
+    from data2vec_vision.demo import demo
+
+    demo(directory, seed)
+
+
+@cli.command()
+@click.argument("name", required=False)
+def methods(name: str | None) -> None:
+    """List the methods, or explain the knobs of one."""
+    from data2vec_vision.methods import explain
+
+    click.echo(explain(name))
+
+
+@cli.command()
+@click.argument("pattern", default="")
+def models(pattern: str) -> None:
+    """List the timm models that can be pretrained, such as 'vit_small*'."""
+    from data2vec_vision.vit import usable_models
+
+    click.echo("\n".join(usable_models(pattern)))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; every failure becomes one line on stderr. Returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return cli.main(arguments, prog_name="python -m data2vec_vision", standalone_mode=False) or 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return 2
+    except click.ClickException as error:
+        return ended(" ".join(error.format_message().split()), 2)
+    except InputError as error:
+        return debugged(arguments) or ended(str(error), 2)
+    except RunFailed as error:
+        return debugged(arguments) or ended(str(error), 1)
+    except Stopped as stop:
+        return ended(str(stop), stop.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        return ended("interrupted", 130)
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        return debugged(arguments) or ended(f"{type(error).__name__}: {text}; --debug shows where", 1)
+
+
+def debugged(arguments: list[str]) -> int:
+    """With --debug, the traceback of the exception being handled, and the exit code 1."""
+    if "--debug" in arguments:
+        traceback.print_exc()
+    return 0
+
+
+def ended(message: str, code: int) -> int:
+    """Print why the command ended, in one line. Of what all processes find at once, the first one tells."""
+    if code == 1 or os.environ.get("RANK", "0") == "0":
+        click.echo(f"Error: {message}" if code < 128 else message, err=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""What a run would be: its time and memory from a measured step, and a picture of what it would see."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
+
+from data2vec_vision.checkpoint import atomic_write
+from data2vec_vision.config import TrainConfig
+from data2vec_vision.data import Stream, StreamDataset
+from data2vec_vision.device import peak_memory
+from data2vec_vision.messages import advice_if_long, describe
+from data2vec_vision.pictures import Tile, grid, masked
+from data2vec_vision.plan import Job, prepare, restore
+from data2vec_vision.run import RunFolder, duration, say, size
+from data2vec_vision.train import optimizer_and_scaler, training_steps
+
+EXAMPLES = 6  # images in the picture
+STEPS = 3  # taken; the last is timed, the first ones allocate and compile
+
+
+def dry_run(config: TrainConfig, given: Mapping[str, Any] | None = None) -> Path:
+    """Say what the run would do and take, from a few steps that are thrown away, and draw example views.
+
+    Arguments and errors as for `train`. Writes views.png to the folder of the run and returns that folder.
+    """
+    job = restore(config, given or {}) if config.resume_checkpoint else prepare(config)
+    say(describe(job))
+    RunFolder(job.folder).make()
+    picture = job.folder / "views.png"
+    with atomic_write(picture) as file:
+        draw_views(job).save(file, "PNG")
+    load = seconds_to_load(job) * job.config.images_a_step / max(1, job.config.workers or 0)
+    compute = seconds_to_compute(job)
+    step = load + compute if job.config.workers == 0 else max(load, compute)
+    total = step * (job.schedule.total_steps - job.first_step)
+    say(f"Time     about {duration(total)}: {step:.2f} s a step, {compute:.2f} s to compute and {load:.2f} s to load")
+    say(f"Memory   {size(peak_memory(job.device))} at the most")
+    if advice := advice_if_long(job, total):
+        say(advice)
+    say(f"Picture  {picture}: images, their views, and the views as the student sees them. Nothing was trained.")
+    return job.folder
+
+
+def seconds_to_load(job: Job) -> float:
+    """Seconds that one process takes for one image: read, decode, make views and masks."""
+    dataset = StreamDataset(job.source, job.method.views(), job.method.masks(), job.config.seed)
+    stream = Stream(len(job.source), job.config.seed)
+    count = min(64, 4 * len(job.source))
+    _ = dataset[0, stream.image(0)]
+    start = time.perf_counter()
+    for position in range(count):
+        _ = dataset[position, stream.image(position)]
+    return (time.perf_counter() - start) / count
+
+
+def seconds_to_compute(job: Job) -> float:
+    """Seconds of one step without its data, measured on a copy of the run that loads in this process."""
+    first = job.first_step
+    short = dataclasses.replace(job, config=dataclasses.replace(job.config, workers=0))
+    optimizer, scaler = optimizer_and_scaler(short)
+    start = seconds = 0.0
+    for step in training_steps(short, optimizer, scaler):
+        if job.device.type != "cpu":
+            torch.accelerator.synchronize()
+        seconds = time.perf_counter() - start - step.waited
+        start = time.perf_counter()
+        if step.number >= min(first + STEPS, job.schedule.total_steps):
+            break
+    return seconds
+
+
+def draw_views(job: Job) -> Image.Image:
+    """A row an image: the image, its views, and for a method with masks the first view as the student sees it."""
+    dataset = StreamDataset(job.source, job.method.views(), job.method.masks(), job.config.seed)
+    stream = Stream(len(job.source), job.config.seed)
+    rows: list[list[Tile]] = []
+    for position in range(min(EXAMPLES, len(job.source))):
+        index = stream.image(position)
+        image, _ = dataset.readable(index)
+        sample = dataset[position, index]
+        row: list[Tile] = [(image, job.source.name(index)[-16:], None)]
+        row += [(to_pil_image(view), f"view {n + 1}", None) for n, view in enumerate(sample.views)]
+        if sample.masks:
+            row.append(
+                (masked(sample.views[0], job.method.student.patch_size, sample.masks), "what the student sees", None)
+            )
+        rows.append(row)
+    return grid(rows, side=144)

@@ -1,0 +1,150 @@
+"""What a run says: the plan at its start, the estimate after some steps, how to go on, what came of it."""
+
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from data2vec_vision import distributed
+from data2vec_vision.config import flag
+from data2vec_vision.device import device_name
+from data2vec_vision.plan import Job
+from data2vec_vision.run import COMMAND, BadFiles, duration, plural, size
+from data2vec_vision.sources import ImageFolder
+
+# Of what `resolve` chose, what the plan prints with its reason.
+SHOWN = ("k", "tau_initial", "tau_end", "max_lr", "precision", "workers")
+LONG_ON_CPU = 2 * 3600  # seconds
+# Smaller settings, from the largest: image size, patch size, width, blocks, epochs.
+SMALLER = (
+    (224, 16, 192, 12, 100),
+    (128, 16, 192, 12, 100),
+    (96, 16, 192, 6, 100),
+    (64, 8, 128, 4, 50),
+    (32, 8, 128, 4, 20),
+)
+
+
+def describe(job: Job) -> str:
+    """The plan: what the run will do, with the reasons for what was chosen for the user."""
+    config, method = job.config, job.method
+    G, spe, total = config.images_a_step, job.steps_per_epoch, job.schedule.total_steps
+    S, rows, columns = method.student.grid[0] * method.student.grid[1], *method.student.grid
+    model = config.model or f"ViT {config.hidden_dim} x {config.n_encoders}, {plural(config.n_heads, 'head', 'heads')}"
+    parameters = sum(p.numel() for p in method.student.vit.parameters())
+    share = config.batch_size // distributed.processes()
+    each = f" of {share} each" if distributed.processes() > 1 else ""
+    lines = [
+        ("Images", f"{len(job.source):,} in {config.input_path} ({suffixes(job.source)})"),
+        ("Model", f"{model}, {parameters / 1e6:.1f} M parameters"),
+        ("Input", f"{config.image_size} px in {rows} x {columns} = {S} patches of {method.student.patch_size} px"),
+        ("Method", f"{config.method}: {method.describe()}"),
+        ("Step", f"{G} images a step = {plural(config.grad_accum, 'pass', 'passes')} of {config.batch_size}, "
+                 f"{plural(distributed.processes(), 'process', 'processes')}{each}"),
+        ("Length", f"{plural(config.epochs, 'epoch', 'epochs')} of {plural(spe, 'step', 'steps')} = {total:,} steps"),
+        ("Device", f"{device_name(job.device)}, {config.precision}, {plural(config.workers, 'worker', 'workers')}"),
+    ]  # fmt: skip
+    settings = [
+        f"{flag(name)} {value:g} ({why})"
+        if isinstance(value := getattr(config, name), float)
+        else f"{flag(name)} {value} ({why})"
+        for name, why in job.reasons.items()
+        if name in SHOWN
+    ]
+    lines += [("Chosen" if n == 0 else "", text) for n, text in enumerate(settings)]
+    if job.restored is not None:
+        lines.append(("Resumed", f"from {config.resume_checkpoint} after step {job.first_step:,} of {total:,}"))
+        if changed := changed_environment(job):
+            lines.append(("Note", f"{changed}: the run continues, but not bit for bit"))
+    lines.append(("Files", f"{job.folder}, {size(disk_needed(job))} in all, {size(disk_free(job.folder))} free"))
+    gpus = torch.cuda.device_count() if job.device.type == "cuda" else 0
+    if gpus > 1 and distributed.processes() == 1:
+        command = f"torchrun --nproc-per-node {gpus} -m data2vec_vision train {config.input_path}"
+        lines.append(("Hint", f"{gpus} GPUs found, using 1; all {gpus}: {command} ..."))
+    return "\n".join(f"{title:<8} {text}" for title, text in lines)
+
+
+def changed_environment(job: Job) -> str:
+    """What differs from where the checkpoint was written, of what the bits of the result depend on."""
+    then, now = job.restored["environment"], job.environment()
+    return "; ".join(f"{name} {old} then, {now[name]} now" for name, old in then.items() if now.get(name, old) != old)
+
+
+def suffixes(source: ImageFolder) -> str:
+    """The kinds of files among the first 10,000 images, the most frequent first: ".jpg .png"."""
+    counts = Counter(Path(source.name(i)).suffix.lower() for i in range(min(len(source), 10_000)))
+    return " ".join(suffix for suffix, _ in counts.most_common())
+
+
+def disk_needed(job: Job) -> int:
+    """Bytes of all files that the run will write: fp32 weights, and AdamW's two moments of what is trained."""
+    encoder = sum(p.numel() for p in job.method.student.parameters())
+    trained = sum(p.numel() for p in job.method.parameters() if p.requires_grad)
+    everything = sum(t.numel() for t in job.method.state_dict().values())
+    encoders = 1 if job.method.teacher is None else 2
+    return 4 * (len(job.saved_epochs) * (encoders * encoder + everything + 2 * trained) + everything + 2 * trained)
+
+
+def disk_free(folder: Path) -> int:
+    """Bytes free where `folder` is or will be."""
+    existing = next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())
+    return shutil.disk_usage(existing).free
+
+
+def go_on(job: Job) -> str:
+    """How to continue the run, as the end of a sentence."""
+    last = job.folder / "checkpoint_last.pt"
+    return f"; continue with: {COMMAND} train --resume-checkpoint {last}" if last.exists() else ""
+
+
+def out_of_memory(job: Job) -> str:
+    config = job.config
+    smaller = f"try --batch-size {config.batch_size // 2} --grad-accum {config.grad_accum * 2}, the same images a step"
+    return (
+        f"the memory of {job.device} is not enough for batches of {config.batch_size}; "
+        + (smaller if config.batch_size % 2 == 0 else "try a smaller --batch-size")
+        + go_on(job)
+    )
+
+
+def estimate(job: Job, left: float) -> str:
+    """When the run will end; on a CPU that takes long also a setting that would take less."""
+    end = time.strftime("%H:%M" if left < 12 * 3600 else "%a %d %b %H:%M", time.localtime(time.time() + left))
+    return "\n".join(filter(None, (f"About {duration(left)} to go, until {end}.", advice_if_long(job, left))))
+
+
+def advice_if_long(job: Job, left: float) -> str:
+    """For a run of more than LONG_ON_CPU seconds on a CPU: one line with a setting that fits, and its time.
+
+    The time is this run's by the ratio of multiplications, so it is an estimate.
+    """
+    if job.device.type != "cpu" or left < LONG_ON_CPU or job.restored is not None:
+        return ""
+    config, vit = job.config, job.method.student
+    now = cost(vit.grid[0] * vit.grid[1], vit.embed_dim, vit.depth) * config.epochs
+    for image_size, patch_size, width, depth, epochs in SMALLER:
+        epochs = min(epochs, config.epochs)
+        time_then = left * cost((image_size // patch_size) ** 2, width, depth) * epochs / now
+        if time_then < LONG_ON_CPU:
+            break
+    return (
+        f"That is long for a CPU. About {duration(time_then)}: --image-size {image_size} --patch-size {patch_size} "
+        f"--hidden-dim {width} --n-encoders {depth} --epochs {epochs}"
+    )
+
+
+def cost(patches: int, width: int, depth: int) -> int:
+    """Multiplications of one forward pass, up to a factor: the linear maps and the attention."""
+    return depth * (24 * patches * width**2 + 4 * patches**2 * width)
+
+
+def farewell(job: Job, bad_files: BadFiles) -> str:
+    """Which files to use, and the next command."""
+    name = f"{job.folder}/student_{job.saved_epochs[-1]}.pt"
+    lines = [f"Done. The encoder is {name}, the run's curve {job.folder / 'metrics.jsonl'}."]
+    if len(bad_files):
+        lines.append(f"{len(bad_files)} images could not be read; {bad_files.path} lists them.")
+    lines.append(f"Next: {COMMAND} extract {name} {job.config.input_path} --output features.npz")
+    return "\n".join(lines)

@@ -1,0 +1,220 @@
+"""Everything before the first step: build a run or restore one, and say what it is going to do."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from data2vec_vision import checkpoint, distributed, methods
+from data2vec_vision.config import (
+    OF_THE_CALL,
+    Facts,
+    TrainConfig,
+    check,
+    default_heads,
+    flag,
+    from_json,
+    resolve,
+    steps_per_epoch,
+)
+from data2vec_vision.device import cores, device_exists, find_device, multiplies_bf16, versions
+from data2vec_vision.errors import InputError, one_line
+from data2vec_vision.knobs import knobs_from, option_defaults
+from data2vec_vision.methods.base import Method
+from data2vec_vision.schedules import Plan
+from data2vec_vision.seeding import seeded
+from data2vec_vision.sources import ImageFolder, open_source
+from data2vec_vision.transforms import ImageTransform
+from data2vec_vision.vit import DEFAULT_MODEL, build_vit
+
+# What a resumed run may do differently, because it does not change what is computed.
+MAY_DIFFER = {
+    "input_path",
+    "device",
+    "workers",
+    "compile",
+    "save_every",
+    "log_every",
+    "checkpoint_minutes",
+    *OF_THE_CALL,
+}
+
+
+@dataclass
+class Job:
+    """A run, ready for its next step."""
+
+    config: TrainConfig
+    reasons: Mapping[str, str]
+    source: ImageFolder
+    method: Method
+    schedule: Plan
+    device: torch.device
+    first_step: int = 0
+    restored: dict[str, Any] | None = None  # the checkpoint that is continued
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(self.config, len(self.source))
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.checkpoint_out_dir or "")
+
+    def environment(self) -> dict[str, str]:
+        """What the bits of the result depend on beside the configuration, by name."""
+        return versions() | {"device": self.device.type, "compile": str(self.config.compile)}
+
+    @property
+    def saved_epochs(self) -> list[int]:
+        """The epochs after which files are written: every `save_every`th and the last."""
+        config = self.config
+        return [e for e in range(config.epochs) if (e + 1) % config.save_every == 0 or e + 1 == config.epochs]
+
+
+def prepare(config: TrainConfig) -> Job:
+    """The run that `config` describes. Raises InputError, naming the option, for what cannot be."""
+    check(config)
+    if not config.input_path:
+        raise InputError("say which images to train on: train INPUT_PATH")
+    method_class = methods.find(config.method)
+    knobs_from(method_class.Config, config, config.method)  # refuses what the method does not use
+    device = find_device(config.device)
+    source = open_source(config.input_path)
+    with seeded(config.seed, "weights"):
+        vit, normalization = build_encoder(config)
+        facts = Facts(
+            n_images=len(source),
+            image_size=vit.patch_embed.img_size[0],
+            depth=len(vit.blocks),
+            recipe={**option_defaults(method_class.Config), **method_class.recipe},
+            device=str(device),
+            native_bf16=multiplies_bf16(device),
+            cores=cores(),
+            processes=distributed.processes(),
+        )
+        config, reasons = resolve(config, facts)
+        method = method_class(vit, **knobs_from(method_class.Config, config, config.method))
+    method.student.transform = replace(method.student.transform, **normalization)
+    schedule = Plan(((0, config.epochs * steps_per_epoch(config, len(source))),), config.max_lr, config.warmup_pct)
+    return checked(Job(config, reasons, source, method.to(device), schedule, device))
+
+
+def restore(config: TrainConfig, given: Mapping[str, Any]) -> Job:
+    """The run that wrote `config.resume_checkpoint`, where it stood; `given` are the typed options.
+
+    The configuration is the file's. Raises InputError for a typed option that contradicts it, for
+    another file, and for a folder whose images have changed.
+    """
+    path = config.resume_checkpoint
+    content = checkpoint.read_training(path)
+    stored = TrainConfig(**from_json(content["config"], path))
+    config = merged(stored, config, given, path)
+    check(config)
+    device = find_device(config.device if "device" in given or device_exists(stored.device) else None)
+    config = replace(config, device=str(device))
+    source = open_source(config.input_path)
+    step, schedule = content["step"], Plan(content["segments"], config.max_lr, config.warmup_pct)
+    total = config.epochs * steps_per_epoch(config, len(source))
+    if (len(source), source.fingerprint()) != (content["n_images"], content["fingerprint"]):
+        refuse_changed_images(source, content, config)
+    if total != schedule.total_steps:
+        schedule = schedule.extended(step, total)
+    if step >= schedule.total_steps:
+        raise InputError(f"the run in {path} is finished; add epochs with --epochs {2 * config.epochs}, for example")
+    method_class = methods.find(config.method)
+    vit, _ = build_encoder(replace(config, pretrained=False, init=None))
+    method = method_class(vit, **knobs_from(method_class.Config, config, config.method))
+    try:
+        method.load_state_dict(content["method_state"])
+    except RuntimeError as error:
+        raise InputError(f"the weights in {path} are of another shape: {one_line(error)}") from error
+    method.student.transform = ImageTransform.from_dict(content["encoders"]["student"]["transform"])
+    return checked(Job(config, {}, source, method.to(device), schedule, device, step, content))
+
+
+def merged(stored: TrainConfig, typed: TrainConfig, given: Mapping[str, Any], path: str) -> TrainConfig:
+    """The checkpoint's configuration with what a resumed run may change taken from the typed options."""
+    if typed.config:
+        raise InputError("--config and --resume-checkpoint both bring a configuration; leave out --config")
+    changes = {n: getattr(typed, n) for n in given if n in MAY_DIFFER and getattr(typed, n) is not None}
+    for name in given:
+        value, old = getattr(typed, name), getattr(stored, name)
+        if name in MAY_DIFFER or name in ("batch_size", "grad_accum") or value in (old, None, "auto"):
+            continue
+        if name == "epochs" and value > old:
+            changes[name] = value
+            continue
+        less = " (more epochs can be added, not fewer)" if name == "epochs" else ""
+        raise InputError(
+            f"{flag(name)} {value} contradicts {path}, which has {old}{less}; leave it out to continue the run"
+        )
+    changes |= slices(stored, typed, given)
+    out = Path(path).resolve().parent
+    if typed.checkpoint_out_dir and Path(typed.checkpoint_out_dir).resolve() != out:
+        raise InputError(
+            f"--checkpoint-out-dir contradicts --resume-checkpoint: the run continues in {out}; leave it out"
+        )
+    changes |= {"checkpoint_out_dir": str(Path(path).parent), "resume_checkpoint": path}
+    return replace(stored, **changes)
+
+
+def slices(stored: TrainConfig, typed: TrainConfig, given: Mapping[str, Any]) -> dict[str, int]:
+    """Another batch size and accumulation with the same images a step. Either one typed gives the other."""
+    G = stored.images_a_step
+    batch, passes = (getattr(typed, n) if n in given else None for n in ("batch_size", "grad_accum"))
+    batch = batch or (G // passes if passes else stored.batch_size)
+    passes = passes or G // batch
+    if batch * passes != G:
+        raise InputError(
+            f"the run has {G} images a step (--batch-size {stored.batch_size} --grad-accum {stored.grad_accum}); "
+            "--batch-size times --grad-accum must stay that number"
+        )
+    return {"batch_size": batch, "grad_accum": passes}
+
+
+def refuse_changed_images(source: ImageFolder, content: Mapping[str, Any], config: TrainConfig) -> None:
+    """Raises InputError unless the user allows that the images are not those of the checkpoint."""
+    if config.allow_changed_images:
+        return
+    then, now = content["n_images"], len(source)
+    what = f"{then:,} images then, {now:,} now" if then != now else f"its {now:,} images have other names"
+    changed = f"{config.input_path} has changed since the checkpoint: {what}"
+    raise InputError(f"{changed}; restore it, or go on with --allow-changed-images")
+
+
+def checked(job: Job) -> Job:
+    """Raises InputError for what only shows when everything is known."""
+    if job.config.batch_size % distributed.processes():
+        raise InputError(
+            f"--batch-size {job.config.batch_size} cannot be shared by {distributed.processes()} processes; "
+            f"use a multiple of {distributed.processes()}"
+        )
+    return job
+
+
+def build_encoder(config: TrainConfig) -> tuple[VisionTransformer, dict[str, Any]]:
+    """The timm model of `config` with its first weights, and the normalisation that these expect, if any."""
+    if config.model:
+        size = {} if config.image_size is None else {"img_size": config.image_size}
+        vit = build_vit(config.model, config.pretrained, proj_drop_rate=config.dropout, **size)
+    else:
+        width = config.hidden_dim or 384
+        vit = build_vit(
+            DEFAULT_MODEL,
+            img_size=config.image_size or 224,
+            patch_size=config.patch_size or 16,
+            embed_dim=width,
+            depth=config.n_encoders or 12,
+            num_heads=config.n_heads or default_heads(width),
+            proj_drop_rate=config.dropout,
+        )
+    if config.init:
+        return vit, checkpoint.load_weights(vit, config.init)
+    if config.pretrained:
+        about: Any = vit.pretrained_cfg
+        return vit, {name: tuple(about[name]) for name in ("mean", "std")}
+    return vit, {}

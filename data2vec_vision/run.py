@@ -1,0 +1,243 @@
+"""A run as others see it: its folder with lock, metrics and bad files, and what it prints."""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from data2vec_vision import distributed
+from data2vec_vision.checkpoint import atomic_write
+from data2vec_vision.config import TrainConfig, to_json
+from data2vec_vision.errors import InputError, RunFailed
+from data2vec_vision.sources import ImageFolder
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock
+    fcntl = None
+
+COMMAND = "python -m data2vec_vision"
+BAD_SHARE = 0.1  # a run fails when more than this share of the images cannot be read
+WARM_UP_STEPS = 3  # left out of the pace: the first steps allocate, compile, fill the loader
+LINE_SECONDS = 10  # at most one plain line in so many seconds
+
+
+def say(text: str) -> None:
+    """Print for the user, once however many processes there are."""
+    if distributed.is_main():
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+class RunFolder:
+    """The folder of a run. One process may write to it at a time."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self._lock: TextIO | None = None
+        self._metrics: TextIO | None = None
+
+    def refuse_if_used(self) -> None:
+        """Raises InputError when the folder holds another run's files."""
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path} is a file; give a folder as --checkpoint-out-dir")
+        files = [p for kind in ("checkpoint", "student", "teacher") for p in self.path.glob(f"{kind}_*.pt")]
+        if files:
+            newest = max(
+                (p for p in files if p.name.startswith("checkpoint")), key=lambda p: p.stat().st_mtime, default=None
+            )
+            resume = f"continue it: {COMMAND} train --resume-checkpoint {newest}; or " if newest else ""
+            other = f"start another: {COMMAND} train ... --checkpoint-out-dir {_next_name(self.path)}"
+            raise InputError(f"{self.path} holds a run already; {resume}{other}")
+
+    def make(self) -> None:
+        """Raises InputError when the folder cannot be made."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot make {self.path}: {error.strerror}; give another --checkpoint-out-dir") from error
+
+    def open(self, config: TrainConfig, step: int) -> None:
+        """Take the folder for a run that has done `step` steps; later lines of metrics.jsonl go."""
+        if not distributed.is_main():
+            return
+        self.make()
+        try:
+            self._lock = open(self.path / ".lock", "w")
+        except OSError as error:
+            raise InputError(
+                f"cannot write to {self.path}: {error.strerror}; give another --checkpoint-out-dir"
+            ) from error
+        if fcntl is not None:
+            try:
+                # A record lock: unlike flock it is not handed on to workers, which outlive a killed run by seconds.
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise InputError(
+                    f"another process is training in {self.path}; wait for it, or give another --checkpoint-out-dir"
+                ) from None
+            except OSError:
+                say(f"note: the file system of {self.path} has no locks; see that no other run writes there")
+        with atomic_write(self.path / "config.json") as file:
+            file.write(to_json(config).encode())
+        metrics = self.path / "metrics.jsonl"
+        kept = [line for line in _complete_lines(metrics) if json.loads(line)["step"] <= step]
+        with atomic_write(metrics) as file:
+            file.write("".join(line + "\n" for line in kept).encode())
+        self._metrics = open(metrics, "a", encoding="utf-8")
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl."""
+        if self._metrics is not None:
+            self._metrics.write(json.dumps(record) + "\n")
+            self._metrics.flush()
+
+    def keep_traceback(self, text: str) -> None:
+        """Write error.txt, so that an error nobody foresaw can be looked into after a long run."""
+        with contextlib.suppress(OSError):  # the disk may be what failed, and the error is being reported
+            (self.path / "error.txt").write_text(text, encoding="utf-8")
+
+    def close(self) -> None:
+        for file in (self._metrics, self._lock):
+            if file is not None:
+                file.close()
+
+
+def _next_name(path: Path) -> Path:
+    return next(p for n in range(2, 10**6) if not (p := path.with_name(f"{path.name}-{n}")).exists())
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """The lines that were written whole; a kill may have torn the last one."""
+    if not path.exists():
+        return []
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    return lines
+
+
+class BadFiles:
+    """The images that could not be read: counted, listed in bad_files.txt; beyond a share they end the run."""
+
+    def __init__(self, source: ImageFolder, folder: Path):
+        self.source, self.path = source, folder / "bad_files.txt"
+        self._names = {line.split("\t")[0] for line in _complete_lines(self.path)}
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def add(self, bad: Mapping[int, str]) -> None:
+        """Raises RunFailed when more than BAD_SHARE of all images have turned out unreadable."""
+        for index, reason in bad.items():
+            name = self.source.name(index).replace("\t", " ").replace("\n", " ")
+            if name in self._names:
+                continue
+            self._names.add(name)
+            if distributed.is_main():
+                with open(self.path, "a", encoding="utf-8", errors="surrogateescape") as file:
+                    file.write(f"{name}\t{reason}\n")
+        if len(self) > BAD_SHARE * len(self.source):
+            raise RunFailed(
+                f"{len(self)} of {len(self.source):,} images cannot be read, more than {BAD_SHARE:.0%}; "
+                f"{self.path} lists them with the reasons: mend or remove them"
+            )
+
+
+class Progress:
+    """The bar on a terminal; elsewhere a plain line now and then."""
+
+    def __init__(self, first_step: int, total_steps: int):
+        self.total = total_steps
+        shown = distributed.is_main()
+        self._lines = shown and not sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=self._lines or not shown
+        )
+        self._printed, self._timed_from, self._clock = 0.0, first_step + WARM_UP_STEPS, 0.0
+
+    def step(self, number: int) -> float:
+        """Note that `number` steps are done; returns the seconds left at the pace so far."""
+        self._bar.update()
+        if number <= self._timed_from:
+            self._clock = time.perf_counter()
+            return math.inf
+        return (self.total - number) * (time.perf_counter() - self._clock) / (number - self._timed_from)
+
+    def show(self, record: Mapping[str, Any], left: float) -> None:
+        """`record` is a line of metrics.jsonl, `left` the seconds to the end."""
+        parts = {
+            "loss": "none" if record["loss"] is None else f"{record['loss']:.4f}",
+            "lr": f"{record['lr']:.1e}",
+            "tau": f"{record['tau']:.5f}" if "tau" in record else "",
+            "images/s": f"{record['images_per_second']:.0f}",
+            "waiting": f"{record['data_wait']:.0%}",
+            "skipped": str(record["skipped"] or ""),
+            "bad files": str(record["bad_files"] or ""),
+        }
+        parts = {name: value for name, value in parts.items() if value}
+        self._bar.set_postfix(parts, refresh=False)
+        last = record["step"] == self.total
+        if self._lines and (last or time.monotonic() - self._printed > LINE_SECONDS):
+            self._printed = time.monotonic()
+            values = "  ".join(f"{name} {value}" for name, value in parts.items())
+            remaining = f"  {duration(left)} left" if math.isfinite(left) and not last else ""
+            print(
+                f"epoch {record['epoch']}  step {record['step']}/{self.total}  {values}{remaining}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+@contextlib.contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """Inside, SIGINT and SIGTERM are noted in the list; a second one acts at once."""
+    caught: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        caught.append(number)
+        signal.signal(number, before[number])
+
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in before:
+            signal.signal(number, note)
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say it: 45 s, 12 min, 3 h 20 min, 2 d 5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
+
+
+def size(count: float) -> str:
+    """Bytes as people say it."""
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit in ("bytes", "kB", "MB") else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def plural(count: int, one: str, many: str) -> str:
+    """1 pass, 4 passes."""
+    return f"{count:,} {one if count == 1 else many}"

@@ -1,0 +1,305 @@
+"""Pretraining: the loop, and what it keeps.
+
+`training_steps` is the training itself, read from top to bottom; `train` watches it, logs, saves and stops.
+"""
+
+import contextlib
+import signal
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from data2vec_vision import checkpoint, distributed
+from data2vec_vision.config import TrainConfig
+from data2vec_vision.data import Batch, MicroBatches, Stream, StreamDataset, make_loader
+from data2vec_vision.errors import InputError, RunFailed, Stopped, one_line
+from data2vec_vision.messages import describe, estimate, farewell, go_on, out_of_memory
+from data2vec_vision.plan import Job, prepare, restore
+from data2vec_vision.run import BadFiles, Progress, RunFolder, caught_signals, say
+from data2vec_vision.seeding import seed_device
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ESTIMATE_AFTER = 20  # steps
+SKIPS_IN_A_ROW = 100  # so many steps without a finite gradient end the run
+
+
+@dataclass
+class Step:
+    """What a finished optimizer step leaves behind; tensors stay on the device until they are logged."""
+
+    number: int  # steps done, this one included
+    lr: float
+    logs: dict[str, Tensor]  # scalars, means over the step's images
+    skipped: Tensor  # 1.0 where the gradient was not finite and nothing was changed, else 0.0
+    bad: dict[int, str]  # unreadable images met
+    waited: float  # seconds spent waiting for data
+
+
+def training_steps(job: Job, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> Iterator[Step]:
+    """Train, from the job's first step to its last; yields after each."""
+    config, method, device, schedule = job.config, job.method, job.device, job.schedule
+    rank, autocast = distributed.rank(), config.precision != "fp32"
+    forward = compiled_and_parallel(job)
+    batches = iter(loader(job))
+    method.train()
+    for step in range(job.first_step, schedule.total_steps):
+        lr = schedule.lr(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        logs, waited = Means(config.grad_accum), 0.0
+        bad: dict[int, str] = {}
+        for micro in range(config.grad_accum):
+            clock = time.perf_counter()
+            batch: Batch = next(batches).to(device)
+            waited += time.perf_counter() - clock
+            bad |= batch.bad
+            views = [method.student.transform.normalized(view) for view in batch.views]
+            seed_device(device, config.seed, "dropout", step, micro, rank)
+            last = micro + 1 == config.grad_accum
+            with contextlib.nullcontext() if last else without_all_reduce(forward):
+                with torch.autocast(device.type, DTYPES[config.precision], enabled=autocast):
+                    output = forward(views, batch.masks)
+                # A loss that is not finite may have a finite gradient; the factor, else exactly 1, spoils that too.
+                loss = output.loss * (1 + 0 * output.loss.detach())
+                scaler.scale(loss / config.grad_accum).backward()
+            logs.add({"loss": output.loss.detach(), **output.logs})
+        progress = schedule.progress(step + 1)
+        method.before_step(progress)
+        norm, skipped = clip_and_step(optimizer, scaler, method, config.clip_grad)
+        method.after_step(progress)
+        yield Step(step + 1, lr, {**logs.values, "grad_norm": norm}, skipped, bad, waited)
+
+
+class Means:
+    """Means of scalars over the micro-batches of a step."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self.values: dict[str, Tensor] = {}
+
+    def add(self, logs: Mapping[str, Tensor]) -> None:
+        for name, value in logs.items():
+            self.values[name] = self.values.get(name, 0) + value / self.count
+
+
+def clip_and_step(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, method: nn.Module, clip: float
+) -> tuple[Tensor, Tensor]:
+    """Clip once, step unless the gradient is not finite, clear. Returns its norm and 1.0 if it was skipped.
+
+    The optimizer itself looks at `found_inf`, on the device, so that the host does not have to wait.
+    """
+    scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, clip or float("inf"))
+    skipped = (~norm.isfinite()).float()
+    optimizer.found_inf = skipped  # type: ignore[attr-defined]
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, skipped
+
+
+def train(config: TrainConfig, given: Mapping[str, Any] | None = None) -> Path:
+    """Run, or with `config.resume_checkpoint` continue, a pretraining. Returns the folder of the run.
+
+    `given` are the settings that the user typed, by name: a resumed run checks them against its own.
+    Raises InputError for input that cannot be used, RunFailed when the run cannot go on, and Stopped
+    after a signal, when the run's state is saved.
+    """
+    if config.dry_run:
+        raise InputError("a dry run trains nothing; call data2vec_vision.dry_run.dry_run instead")
+    typed = dict(given or {})
+    job = restore(config, typed) if config.resume_checkpoint else prepare(config)
+    folder = RunFolder(job.folder)
+    if job.restored is None:
+        folder.refuse_if_used()
+    say(describe(job))
+    folder.open(job.config, job.first_step)
+    try:
+        distributed.start(job.device)
+        watch(job, folder)
+    except (InputError, RunFailed, Stopped, KeyboardInterrupt):
+        raise
+    except torch.OutOfMemoryError as error:
+        raise RunFailed(out_of_memory(job)) from error
+    except Exception as error:
+        folder.keep_traceback(traceback.format_exc())
+        raise RunFailed(f"{one_line(error)} (the traceback is in {folder.path / 'error.txt'}){go_on(job)}") from error
+    finally:
+        folder.close()
+        distributed.stop()
+    return folder.path
+
+
+def watch(job: Job, folder: RunFolder) -> None:
+    """Take all steps; log, show, save and stop in between."""
+    config, total = job.config, job.schedule.total_steps
+    optimizer, scaler = optimizer_and_scaler(job)
+    window, bad_files, progress = Window(job), BadFiles(job.source, folder.path), Progress(job.first_step, total)
+    saved = time.monotonic()
+    with caught_signals() as signals, contextlib.closing(progress):
+        for step in training_steps(job, optimizer, scaler):
+            left = progress.step(step.number)
+            window.add(step)
+            bad_files.add(step.bad)
+            epoch = (step.number - 1) // job.steps_per_epoch
+            if step.number % config.log_every == 0 or step.number == total:
+                record = {"step": step.number, "epoch": epoch, **window.read(step), "bad_files": len(bad_files)}
+                folder.log(record)
+                progress.show(record, left)
+            if step.number == job.first_step + ESTIMATE_AFTER and step.number < total:
+                say(estimate(job, left))
+            stop = distributed.any_process(bool(signals))
+            epoch_to_save = epoch if step.number % job.steps_per_epoch == 0 and epoch in job.saved_epochs else None
+            if epoch_to_save is not None or stop or time.monotonic() - saved > 60 * config.checkpoint_minutes:
+                save(job, optimizer, scaler, window, step.number, epoch_to_save)
+                saved = time.monotonic()
+            if stop and step.number < total:
+                raise Stopped(
+                    signals[0] if signals else signal.SIGTERM, f"Stopped after step {step.number:,}{go_on(job)}"
+                )
+    say(farewell(job, bad_files))
+
+
+class Window:
+    """Sums since the last line of metrics.jsonl; `read` is the loop's only wait for the device."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        zero = torch.zeros((), device=job.device)
+        self._skipped, self._in_a_row = zero + (job.restored or {}).get("skipped", 0), zero
+        self._clear()
+
+    @property
+    def skipped(self) -> int:
+        """Steps skipped since the run began."""
+        return int(self._skipped)
+
+    def _clear(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._steps, self._waited, self._clock = 0, 0.0, time.perf_counter()
+        self._used = torch.zeros((), device=self.job.device)
+
+    def add(self, step: Step) -> None:
+        for name, value in step.logs.items():
+            kept = torch.where(step.skipped > 0, 0.0, value.float())
+            self._sums[name] = self._sums.get(name, 0) + kept
+        self._used = self._used + (1 - step.skipped)
+        self._skipped = self._skipped + step.skipped
+        self._in_a_row = (self._in_a_row + 1) * step.skipped
+        self._steps += 1
+        self._waited += step.waited
+
+    def read(self, step: Step) -> dict[str, Any]:
+        """Means since the last call. Raises RunFailed when no step has been possible for a long time."""
+        parts = torch.stack([*self._sums.values(), self._used, self._skipped, self._in_a_row])
+        *sums, used, skipped, in_a_row = distributed.mean(parts).tolist()
+        seconds = time.perf_counter() - self._clock
+        if in_a_row >= SKIPS_IN_A_ROW:
+            raise RunFailed(
+                f"no finite gradient in {in_a_row:.0f} steps; try a lower --max-lr or --precision fp32{go_on(self.job)}"
+            )
+        values = {name: total / used if used else None for name, total in zip(self._sums, sums)}
+        images = self._steps * self.job.config.images_a_step
+        record = {
+            **values,
+            "lr": step.lr,
+            **self.job.method.scheduled(self.job.schedule.progress(step.number)),
+            "images_per_second": round(images / seconds, 2),
+            "data_wait": round(self._waited / seconds, 4),
+            "skipped": int(skipped),
+        }
+        self._clear()
+        return record
+
+
+def optimizer_and_scaler(job: Job) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler]:
+    """AdamW and, for fp16, the loss scaler, both as the checkpoint left them."""
+    groups = job.method.param_groups(job.config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=job.config.max_lr, betas=job.method.betas, fused=True)
+    scaler = torch.amp.GradScaler(job.device.type, enabled=job.config.precision == "fp16")
+    if job.restored is not None:
+        optimizer.load_state_dict(job.restored["optimizer"])
+        scaler.load_state_dict(job.restored["scaler"])
+    return optimizer, scaler
+
+
+def loader(job: Job) -> Iterable[Batch]:
+    """The batches of all steps that are left."""
+    config = job.config
+    dataset = StreamDataset(job.source, job.method.views(), job.method.masks(), config.seed)
+    batches = MicroBatches(
+        Stream(len(job.source), config.seed),
+        config.batch_size,
+        config.grad_accum,
+        job.first_step,
+        job.schedule.total_steps,
+        distributed.rank(),
+        distributed.processes(),
+    )
+    return make_loader(dataset, batches, config.workers, pin=job.device.type == "cuda")
+
+
+def compiled_and_parallel(job: Job) -> nn.Module:
+    """The method, compiled where asked for, and with its gradients averaged over the processes."""
+    forward: nn.Module = job.method
+    if job.config.compile:
+        forward = torch.compile(forward)  # type: ignore[assignment]
+    if distributed.processes() > 1:
+        index = None if job.device.type == "cpu" else [job.device.index]
+        forward = DistributedDataParallel(forward, index, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return forward
+
+
+def without_all_reduce(forward: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """For all but the last micro-batch of a step: its gradients travel with the last one's."""
+    return forward.no_sync() if isinstance(forward, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def save(
+    job: Job,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    window: Window,
+    step: int,
+    epoch: int | None = None,
+) -> None:
+    """Write checkpoint_last.pt and, after an epoch that is kept, its encoders and checkpoint.
+
+    Raises RunFailed when the disk does not take them; what was written before is intact.
+    """
+    if not distributed.is_main():
+        return
+    config, folder = asdict(job.config), job.folder
+    about = {"config": config, "step": step, "epoch": (step - 1) // job.steps_per_epoch}
+    try:
+        if epoch is not None:
+            for name, encoder in job.method.encoders.items():
+                checkpoint.save_encoder(encoder, folder / f"{name}_{epoch}.pt", job.config.method, **about)
+        checkpoint.save_training(
+            folder,
+            epoch,
+            {
+                "method": job.config.method,
+                "method_state": job.method.state_dict(),
+                "encoders": {name: checkpoint.encoder_content(e) for name, e in job.method.encoders.items()},
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "segments": job.schedule.segments,
+                "skipped": window.skipped,
+                "n_images": len(job.source),
+                "fingerprint": job.source.fingerprint(),
+                "environment": job.environment(),
+                **about,
+            },
+        )
+    except (OSError, RuntimeError) as error:
+        raise RunFailed(f"cannot write to {folder}: {one_line(error)}; make room{go_on(job)}") from error

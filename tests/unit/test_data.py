@@ -1,0 +1,138 @@
+"""The stream: what a step sees depends on the seed and the step alone."""
+
+import pytest
+import torch
+
+from data2vec_vision.data import BAD_TRIES, Batch, MicroBatches, Stream, StreamDataset, collate, make_loader
+from data2vec_vision.methods.data2vec import BlockMasks
+from data2vec_vision.sources import open_source
+from data2vec_vision.transforms import Views, augmentation
+
+
+def dataset(images, seed=0):
+    return StreamDataset(
+        open_source(images), Views(augmentation((16, 16), color_jitter=0.4)), BlockMasks((4, 4), 10), seed
+    )
+
+
+def batches(images, workers=0, first=0, last=3, batch_size=4, passes=2, context=None, seed=0):
+    data = dataset(images, seed)
+    micro = MicroBatches(Stream(len(data.source), seed), batch_size, passes, first, last)
+    return list(make_loader(data, micro, workers, pin=False, context=context))
+
+
+def equal(a: Batch, b: Batch):
+    return (
+        all(map(torch.equal, a.views, b.views)) and torch.equal(a.masks["query"], b.masks["query"]) and a.bad == b.bad
+    )
+
+
+def test_every_pass_over_the_stream_holds_each_image_once_in_a_fresh_order():
+    stream = Stream(10, seed=3)
+    passes = [[stream.image(p) for p in range(e * 10, e * 10 + 10)] for e in range(3)]
+    assert all(sorted(p) == list(range(10)) for p in passes)
+    assert passes[0] != passes[1] != passes[2]
+    again = Stream(10, seed=3)
+    assert [again.image(p) for p in (25, 3, 14)] == [passes[2][5], passes[0][3], passes[1][4]]
+    assert [Stream(10, seed=4).image(p) for p in range(10)] != passes[0]
+
+
+def test_steps_slice_the_stream_without_gaps_also_across_epochs():
+    stream = Stream(10, seed=0)
+    rows = list(MicroBatches(stream, 4, 2, 0, 3))
+    assert [p for row in rows for p, _ in row] == list(range(24))
+    assert all(image == stream.image(p) for row in rows for p, image in row)
+    assert list(MicroBatches(stream, 4, 2, 1, 3)) == rows[2:]
+    assert len(MicroBatches(stream, 4, 2, 1, 3)) == 4
+
+
+def test_batch_size_and_accumulation_only_slice_a_step():
+    stream = Stream(10, seed=0)
+    assert sum(MicroBatches(stream, 8, 1, 0, 3), []) == sum(MicroBatches(stream, 2, 4, 0, 3), [])
+
+
+def test_processes_share_each_pass():
+    stream = Stream(10, seed=0)
+    one = list(MicroBatches(stream, 4, 2, 0, 3))
+    two = [list(MicroBatches(stream, 4, 2, 0, 3, rank, 2)) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*two)] == one
+
+
+def test_a_folder_smaller_than_a_step_repeats_with_fresh_views(images):
+    data = dataset(images)
+    stream = Stream(24, 0)
+    position = next(p for p in range(24, 48) if stream.image(p) == stream.image(0))
+    first, later = data[0, stream.image(0)], data[position, stream.image(0)]
+    assert not torch.equal(first.views[0], later.views[0])
+
+
+def test_views_and_masks_do_not_depend_on_workers_or_on_where_a_run_was_resumed(images):
+    plain = batches(images)
+    for workers in (1, 2):
+        assert all(map(equal, batches(images, workers), plain))
+    resumed = batches(images, workers=2, first=1)
+    assert len(resumed) == 4 and all(map(equal, resumed, plain[2:]))
+    assert not equal(batches(images, seed=1)[0], plain[0])
+
+
+def test_workers_started_by_spawn_give_the_same(images):
+    assert all(map(equal, batches(images, workers=1, last=1, context="spawn"), batches(images, last=1)))
+
+
+def test_making_views_disturbs_nobody_elses_random_numbers(images):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    batches(images, workers=0)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_collate_stacks_views_and_masks(images):
+    data = dataset(images)
+    batch = collate([data[p, p] for p in range(3)])
+    assert [v.shape for v in batch.views] == [(3, 3, 16, 16)] and batch.views[0].dtype == torch.uint8
+    assert batch.masks["query"].shape == (3, 10)
+    assert batch.to(torch.device("cpu")).masks.keys() == {"query"}
+
+
+def test_an_unreadable_image_is_replaced_by_the_same_one_every_time(images):
+    source = open_source(images)
+    (images / source.name(5)).write_text("no image")
+    data = dataset(images)
+    one, two = data[0, 5], data[0, 5]
+    assert torch.equal(one.views[0], two.views[0])
+    assert list(one.bad) == [5] and "cannot identify" in one.bad[5]
+    assert data[0, 6].bad == {}
+
+
+def test_when_nothing_can_be_read_it_gives_up_after_some_tries(images):
+    for path in images.rglob("*.*"):
+        path.write_text("no image")
+    sample = dataset(images)[0, 5]
+    assert 1 < len(sample.bad) <= BAD_TRIES + 1 and sample.views[0].shape == (3, 16, 16)
+
+
+def test_workers_leave_interrupts_to_the_main_process(images):
+    import os
+    import signal
+
+    data = dataset(images)
+    loader = iter(make_loader(data, MicroBatches(Stream(24, 0), 4, 1, 0, 6), 1, pin=False))
+    next(loader)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(loader._workers[0].pid, number)
+    assert len(list(loader)) == 5
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_views_are_made_in_one_thread_and_the_number_is_restored(images, threads):
+    before = torch.get_num_threads()
+    seen = []
+    data = dataset(images)
+    data.views = lambda image: [torch.zeros(1)] * (seen.append(torch.get_num_threads()) or 1)
+    try:
+        torch.set_num_threads(threads)
+        _ = data[0, 0]
+        assert seen == [1] and torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,168 @@
+"""Folders of images as users have them: any depth, any format, any mode, damaged files in between."""
+
+import os
+import pickle
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data2vec_vision.errors import InputError
+from data2vec_vision.sources import ImageFolder, decode, image_suffixes, open_source, read_image
+
+
+def touch(root, *names):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(path, format="PNG")
+
+
+def names(source):
+    return [source.name(i) for i in range(len(source))]
+
+
+def test_finds_images_at_any_depth_in_any_case_and_nothing_else(tmp_path):
+    wanted = ["a.JPG", "b.Png", "deep/er/c.jpeg", "deep/d.tif", "e.webp", "f.bmp", "g.gif", "sp ace/ü.jpg"]
+    touch(tmp_path, *wanted, ".hidden.png", ".cache/x.png", "deep/._a.jpg")
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "labels.csv").write_text("x")
+    assert names(open_source(tmp_path)) == sorted(wanted)
+
+
+def test_order_is_that_of_the_sorted_paths(tmp_path):
+    touch(tmp_path, "a/x.png", "a-b/x.png", "a.png", "a0/x.png", "b.png", "a/b/x.png", "B.png")
+    found = names(ImageFolder(tmp_path))
+    assert found == sorted(found) and len(found) == 7
+
+
+def test_links_to_folders_are_followed_once_and_loops_end(tmp_path):
+    touch(tmp_path / "elsewhere", "x.png")
+    touch(tmp_path / "photos", "a.png")
+    os.symlink(tmp_path / "elsewhere", tmp_path / "photos" / "link")
+    os.symlink(tmp_path / "photos", tmp_path / "photos" / "loop")
+    assert names(ImageFolder(tmp_path / "photos")) == ["a.png", "link/x.png"]
+
+
+def test_a_name_that_is_no_unicode_is_kept(tmp_path):
+    touch(tmp_path, "a.png")
+    try:
+        os.rename(os.fsencode(tmp_path / "a.png"), os.fsencode(tmp_path) + b"/\xff.png")
+    except OSError:
+        pytest.skip("this file system wants Unicode names")
+    source = ImageFolder(tmp_path)
+    assert os.fsencode(source.name(0)) == b"\xff.png" and isinstance(read_image(source, 0), Image.Image)
+
+
+def test_the_index_is_buffers_not_strings_and_travels(tmp_path):
+    touch(tmp_path, *(f"{n}.png" for n in range(100)))
+    source = ImageFolder(tmp_path)
+    assert len(pickle.dumps(source)) < 100 * 20 + 1500
+    again = pickle.loads(pickle.dumps(source))
+    assert names(again) == names(source) and again.fingerprint() == source.fingerprint()
+
+
+def test_the_fingerprint_changes_with_any_name(tmp_path):
+    touch(tmp_path, "a.png", "bc.png")
+    before = ImageFolder(tmp_path).fingerprint()
+    os.rename(tmp_path / "bc.png", tmp_path / "bd.png")
+    assert ImageFolder(tmp_path).fingerprint() != before
+
+
+def test_unusable_paths_are_refused_in_words(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("x")
+    (tmp_path / "file.png").write_text("x")
+    for path, message in (("none", "there is no folder"), ("empty", "it is empty"), ("texts", "1 files in it, but none is"),
+                          ("file.png", "is a file, not a folder")):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            open_source(tmp_path / path)
+
+
+def test_formats_that_pillow_cannot_decode_are_not_taken_for_images():
+    suffixes = image_suffixes()
+    assert {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".jp2"} <= suffixes
+    assert not {".pdf", ".eps", ".h5", ".mpg", ".wmf", ".txt"} & suffixes
+
+
+def roundtrip(image, kind="PNG", **options):
+    file = BytesIO()
+    image.save(file, kind, **options)
+    file.seek(0)
+    return decode(file)
+
+
+def grey_levels(dtype):
+    return np.linspace(0, np.iinfo(dtype).max, 64).astype(dtype).reshape(8, 8)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV"])
+def test_every_mode_becomes_rgb(mode):
+    image = Image.new("RGB", (8, 8), (200, 100, 50))
+    if mode == "LAB":
+        image = Image.new("LAB", (8, 8), (128, 128, 128))
+    else:
+        image = image.convert(mode)
+    kind = "TIFF" if mode in ("CMYK", "YCbCr", "LAB") else "PNG"
+    if mode == "HSV":
+        kind, image = "PNG", image.convert("RGB")
+    decoded = roundtrip(image, kind)
+    assert decoded.mode == "RGB" and decoded.size == (8, 8)
+
+
+def test_transparent_pixels_are_white_also_in_a_palette():
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    image.putpixel((1, 1), (10, 20, 30, 255))
+    decoded = roundtrip(image)
+    assert decoded.getpixel((0, 0)) == (255, 255, 255) and decoded.getpixel((1, 1)) == (10, 20, 30)
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    palette.putpixel((1, 1), 1)
+    decoded = roundtrip(palette, transparency=0)
+    assert decoded.getpixel((0, 0)) == (255, 255, 255) and decoded.getpixel((1, 1)) == (10, 20, 30)
+
+
+def test_sixteen_bits_are_scaled_not_clipped():
+    levels = grey_levels(np.uint16)
+    decoded = np.asarray(roundtrip(Image.fromarray(levels)))
+    assert (decoded == (levels >> 8)[..., None]).all()
+    wide = np.asarray(roundtrip(Image.fromarray(levels.astype(np.int32)), "TIFF"))
+    assert (wide == (levels >> 8)[..., None]).all()
+
+
+def test_floats_are_stretched_to_their_range():
+    values = np.linspace(-3, 5, 64, dtype=np.float32).reshape(8, 8)
+    decoded = np.asarray(roundtrip(Image.fromarray(values), "TIFF"))[..., 0]
+    assert decoded.min() == 0 and decoded.max() == 255 and (np.diff(decoded.ravel().astype(int)) >= 0).all()
+
+
+def test_the_camera_orientation_is_applied():
+    image = Image.new("RGB", (8, 4), (255, 0, 0))
+    image.paste((0, 0, 255), (0, 0, 4, 4))  # left half blue
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    decoded = roundtrip(image, "JPEG", exif=exif, quality=95)
+    assert decoded.size == (4, 8)
+    assert decoded.getpixel((2, 1))[2] > 200 and decoded.getpixel((2, 6))[0] > 200
+
+
+def test_a_file_that_cannot_be_read_gives_its_reason_in_one_line(tmp_path):
+    touch(tmp_path, "good.png")
+    whole = (tmp_path / "good.png").read_bytes()
+    jpeg = BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(jpeg, "JPEG")
+    (tmp_path / "cut.jpg").write_bytes(jpeg.getvalue()[: len(jpeg.getvalue()) // 2])
+    (tmp_path / "cut.png").write_bytes(whole[:40])
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.jpg").write_text("not an image")
+    (tmp_path / "noise.png").write_bytes(whole[:20] + bytes(range(200)))
+    os.symlink(tmp_path / "nowhere", tmp_path / "broken-link.png")
+    source = ImageFolder(tmp_path)
+    for index, name in enumerate(names(source)):
+        result = read_image(source, index)
+        if name == "good.png":
+            assert isinstance(result, Image.Image)
+        else:
+            assert isinstance(result, str) and result and "\n" not in result, name
