@@ -243,6 +243,8 @@ def build_vit(model: str = DEFAULT_MODEL, pretrained: bool = False, **arguments:
     except (AssertionError, TypeError, ValueError, RuntimeError, OSError) as error:
         if pretrained:
             raise InputError(f"the pretrained weights of {model} cannot be loaded: {one_line(error)}") from error
+        with torch.device("meta"):
+            refuse_unmaskable(timm.create_model(model))
         raise InputError(f"timm cannot build {model}: {one_line(error)}") from error
     return vit
 
