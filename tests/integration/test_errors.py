@@ -1,0 +1,182 @@
+"""Bad input ends with exit code 2 and one line that says what is wrong and what to do; bad images do not."""
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, command, metrics, same_state, start
+
+from data2vec_vision.__main__ import main
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mask-erase-pct", 60], "use 0.6 for 60 %"),
+        (["--mask-erase-pct", 0], "--mask-erase-pct must be between 0 and 1, both excluded"),
+        (["--mask-erase-pct", 1], "--mask-erase-pct must be between 0 and 1, both excluded"),
+        (["--image-size", 30], "--image-size 30 is not divisible by --patch-size 4; use --image-size 32"),
+        (["--k", 5], "--k 5 is more than the 2 blocks of the encoder; use --k 2"),
+        (["--n-heads", 5], "--n-heads 5 does not divide --hidden-dim 32"),
+        (["--model", "vit_tiny_patch16_224"], "has sizes of its own; leave out --patch-size and --hidden-dim"),
+        (["--epochs", 0], "--epochs must be at least 1"),
+        (["--epochs", "many"], "'many' is not a valid integer"),
+        (["--epoch", 3], "--epochs"),
+        (["--method", "data3vec"], "there is no method 'data3vec'; did you mean data2vec?"),
+        (["--method", "none.py"], "there is no such file"),
+        (["--set", "crop=0.5"], "has no knob 'crop'; did you mean crop_min"),
+        (["--set", "mask_ratio=0.5"], "has an option of its own, --mask-erase-pct"),
+        (["--device", "cuda:9"], "there is no device 'cuda:9' here; there is cpu"),
+        (["--init", "none.pt"], "there is no file none.pt"),
+        (["--config", "none.json"], "cannot be read as JSON"),
+        (["--resume-checkpoint", "none.pt"], "there is no file none.pt"),
+        (["--precision", "int8"], "'int8' is not one of"),
+    ],
+)
+def test_options_out_of_range(refused, images, options, message):
+    assert message in refused("train", images, *TINY, *options)
+    assert not Path("runs").exists()
+
+
+def test_a_mistyped_model_gets_the_nearest_names(refused, images):
+    line = refused("train", images, "--model", "vit_smal_patch16_224")
+    assert "did you mean vit_small_patch16_224" in line
+    assert "resnet18" not in line
+    assert "ResNet is not a plain timm VisionTransformer" in refused("train", images, "--model", "resnet18")
+
+
+def test_input_paths(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("x")
+    (tmp_path / "a.png").write_text("x")
+    for path, message in (("empty", "it is empty"), ("texts", "none is an image"), ("a.png", "is a file, not a folder"),
+                          ("nowhere", "there is no folder nowhere")):  # fmt: skip
+        assert message in refused("train", path, *TINY)
+    assert "say which images" in refused("train")
+
+
+def test_an_output_folder_that_cannot_be_written(refused, images, tmp_path):
+    (tmp_path / "file").write_text("x")
+    assert "is a file" in refused("train", images, *TINY, "--checkpoint-out-dir", "file")
+    assert "cannot make file/run: Not a directory" in refused(
+        "train", images, *TINY, "--checkpoint-out-dir", "file/run"
+    )
+    assert "cannot make /proc/run" in refused("train", images, *TINY, "--checkpoint-out-dir", "/proc/run")
+
+
+def test_a_folder_that_holds_a_run_is_refused_with_the_two_commands_that_help(cli, refused, images):
+    cli("train", images, *TINY, "--epochs", 1)
+    before = Path("runs/images-data2vec/student_0.pt").read_bytes()
+    line = refused("train", images, *TINY, "--epochs", 1)
+    assert "train --resume-checkpoint runs/images-data2vec/checkpoint_" in line
+    assert "train ... --checkpoint-out-dir runs/images-data2vec-2" in line
+    assert Path("runs/images-data2vec/student_0.pt").read_bytes() == before
+
+
+def test_two_runs_do_not_share_a_folder(images):
+    holder = start("train", images, *TINY, "--epochs", 5000, "--save-every", 5000, "--checkpoint-out-dir", "shared")
+    try:
+        from test_train import wait_for_steps
+
+        wait_for_steps("shared", 1, holder)
+        other = start("train", images, *TINY, "--epochs", 1, "--checkpoint-out-dir", "shared")
+        out, _ = other.communicate(timeout=60)
+        assert other.returncode == 2 and "another process is training in shared" in out
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_a_checkpoint_that_would_run_code_is_not_run(refused, images, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    torch.save({"format": Bomb()}, "bomb.pt")
+    Path("plain.pkl").write_bytes(pickle.dumps(Bomb(), protocol=2))
+    for path in ("bomb.pt", "plain.pkl"):
+        assert "it was not loaded" in refused("train", images, *TINY, "--resume-checkpoint", path)
+        assert "it was not loaded" in refused("train", images, *TINY, "--init", path)
+        assert "it was not loaded" in refused("extract", path, images, "--output", "f.npz")
+    assert not Path("exploded").exists()
+
+
+def test_unreadable_images_do_not_end_a_run(cli, images):
+    bad = sorted(images.rglob("*.*"))[3:5]
+    for path in bad:
+        path.write_text("no image")
+    code, out, err = cli("train", images, *TINY, "--epochs", 3, "--checkpoint-out-dir", "a")
+    assert code == 0 and "2 images could not be read; a/bad_files.txt lists them" in out, err
+    assert metrics("a")[-1]["bad_files"] == 2 and "bad files 2" in err
+    listed = Path("a/bad_files.txt").read_text().splitlines()
+    assert sorted(line.split("\t")[0] for line in listed) == [str(p.relative_to(images)) for p in bad]
+    assert all("cannot identify image file" in line for line in listed)
+    cli("train", images, *TINY, "--epochs", 3, "--checkpoint-out-dir", "b", "--workers", 2)
+    assert same_state("a/checkpoint_2.pt", "b/checkpoint_2.pt")
+
+
+def test_a_run_fails_when_more_than_a_tenth_of_the_images_is_unreadable(cli, images):
+    for path in sorted(images.rglob("*.*"))[:3]:
+        path.write_text("no image")
+    code, _, err = cli("train", images, *TINY, "--epochs", 3)
+    assert code == 1
+    line = err.splitlines()[-1]
+    assert line.startswith("Error: 3 of 24 images cannot be read, more than 10%") and "bad_files.txt" in line
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_leaves_earlier_files(cli, images, monkeypatch):
+    from data2vec_vision import checkpoint
+
+    original = checkpoint.save
+
+    def save(path, content):
+        if "checkpoint" in str(path) and content["step"] > 6:
+            raise OSError(28, "No space left on device")
+        original(path, content)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    code, _, err = cli("train", images, *TINY, "--epochs", 3, "--save-every", 1)
+    assert code == 1
+    line = err.splitlines()[-1]
+    assert "No space left on device" in line and "--resume-checkpoint runs/images-data2vec/checkpoint_last.pt" in line
+    assert torch.load("runs/images-data2vec/checkpoint_last.pt", weights_only=True)["step"] == 6
+    monkeypatch.undo()
+
+
+def test_an_error_nobody_foresaw_is_one_line_too_and_its_traceback_is_kept(cli, images, tmp_path):
+    (tmp_path / "failing.py").write_text(
+        "from data2vec_vision.methods.data2vec import Data2Vec\n"
+        "class Failing(Data2Vec):\n"
+        '    """Fails."""\n'
+        "    def training_step(self, views, masks):\n"
+        "        raise KeyError('what is this')\n"
+    )
+    code, _, err = cli("train", images, *TINY, "--method", "failing.py", "--checkpoint-out-dir", "a")
+    assert code == 1 and err.startswith("Error: KeyError: 'what is this'") and "Traceback" not in err
+    assert "training_step" in Path("a/error.txt").read_text()
+    code, _, err = cli("train", images, *TINY, "--method", "failing.py", "--checkpoint-out-dir", "b", "--debug")
+    assert code == 1 and "Traceback" in err and err.splitlines()[-1].startswith("Error: KeyError")
+
+
+def test_help_does_not_wait_for_torch():
+    import subprocess
+    import sys
+
+    code = "import sys; from data2vec_vision.__main__ import main; main(['train', '--help']); print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "Usage: python -m data2vec_vision train" in out and out.splitlines()[-1] == "False"
+    assert command("--help")
+
+
+def test_the_commands_that_list_and_explain(cli):
+    assert "data2vec" in cli("methods")[1]
+    text = cli("methods", "data2vec")[1]
+    assert "--mask-erase-pct" in text and "--set target_norm=VALUE" in text and "the paper's layer" in text
+    assert "vit_small_patch16_224" in cli("models", "vit_small*")[1].splitlines()
+    code, out, _ = cli("sample", "samples")
+    assert code == 0 and "2,000 images of 10 classes" in out
+    assert len(list(Path("samples").rglob("*.png"))) == 2000 and "MIT" in Path("samples/LICENSE").read_text()
+    assert main([]) == 2
