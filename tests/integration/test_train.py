@@ -13,6 +13,7 @@ from conftest import TINY, metrics, same_state, start, state
 
 import data2vec_vision as d2v
 from data2vec_vision.checkpoint import load_encoder
+from data2vec_vision.methods.data2vec import Data2Vec
 
 
 def files(folder, pattern="*.pt"):
@@ -94,6 +95,15 @@ def test_the_rate_is_one_cycle_and_tau_rises_every_step(cli, images):
     assert taus == pytest.approx(expected)
 
 
+def test_the_teacher_moves_once_a_step_with_the_progress_of_the_step(cli, images, monkeypatch):
+    calls, original = [], Data2Vec.after_step
+    monkeypatch.setattr(
+        Data2Vec, "after_step", lambda self, progress: calls.append(progress) or original(self, progress)
+    )
+    cli("train", images, *TINY, "--epochs", 4, "--grad-accum", 2)
+    assert calls == [step / 12 for step in range(1, 13)]
+
+
 def test_files_load_safely_and_describe_themselves(cli, images):
     cli("train", images, *TINY, "--epochs", 1, "--checkpoint-out-dir", "a", "--seed", 3)
     for name in files("a"):
@@ -126,11 +136,12 @@ def test_the_same_seed_gives_the_same_run_and_another_another(cli, images):
     assert not same_state("a/checkpoint_0.pt", "c/checkpoint_0.pt")
 
 
-def test_dropout_repeats_with_the_seed(cli, images):
-    for name in ("a", "b"):
+def test_dropout_repeats_with_the_seed_and_does_something(cli, images):
+    for name, rate in (("a", 0.2), ("b", 0.2), ("c", 0.0)):
         torch.rand(3)  # somebody else draws in between
-        cli("train", images, *TINY, "--epochs", 1, "--checkpoint-out-dir", name, "--dropout", 0.2)
+        cli("train", images, *TINY, "--epochs", 1, "--checkpoint-out-dir", name, "--dropout", rate)
     assert same_state("a/checkpoint_0.pt", "b/checkpoint_0.pt")
+    assert not same_state("a/checkpoint_0.pt", "c/checkpoint_0.pt")
 
 
 def test_golden_loss_curve(cli, images):

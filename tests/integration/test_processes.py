@@ -1,0 +1,36 @@
+"""Under torchrun a run is the same run, sliced over processes; one of them prints and writes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import TINY, metrics
+
+
+def torchrun(count, *arguments):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return subprocess.run(
+        [*launcher, "-m", "data2vec_vision", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_two_processes_make_the_run_of_one(cli, images):
+    cli("train", images, *TINY, "--epochs", 2, "--grad-accum", 2, "--checkpoint-out-dir", "one")
+    run = torchrun(2, "train", images, *TINY, "--epochs", 2, "--grad-accum", 2, "--checkpoint-out-dir", "two")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("8 images a step = 2 passes of 4, 2 processes of 2 each") == 1
+    assert run.stdout.count("Done.") == 1
+    for one, two in zip(metrics("one"), metrics("two"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
+
+
+def test_an_error_in_the_arguments_is_told_once(images):
+    run = torchrun(2, "train", images, *TINY, "--batch-size", 3)
+    assert run.returncode != 0
+    assert run.stderr.count("Error: --batch-size 3 cannot be shared by 2 processes; use a multiple of 2") == 1
