@@ -90,6 +90,9 @@ def train_command(ctx: click.Context, **values: Any) -> None:
     }
     if typed.get("config"):
         values |= read_config(typed["config"], typed)
+    if values["workers"] != 0:
+        # Before torch is imported: computing threads that spin while they wait take the cores from the workers.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if values["dry_run"]:
         from data2vec_vision.dry_run import dry_run as job
     else:
@@ -160,6 +163,7 @@ def sample(directory: str) -> None:
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of everything random.")
 def demo(directory: str, seed: int) -> None:
     """Train on the images that come with the package and show what was learned, in 3 minutes on 2 cores."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from data2vec_vision.demo import demo
 
     demo(directory, seed)

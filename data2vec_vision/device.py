@@ -48,6 +48,11 @@ def multiplies_bf16(device: torch.device) -> bool:
     return device.type == "xpu"
 
 
+def fused_attention_pays(device: torch.device, precision: str) -> bool:
+    """Whether torch's fused attention is the faster one: not in bf16 on a CPU (benchmarks/RESULTS.md)."""
+    return not (device.type == "cpu" and precision == "bf16")
+
+
 def cores() -> int:
     """The processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

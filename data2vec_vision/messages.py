@@ -1,5 +1,6 @@
 """What a run says: the plan at its start, the estimate after some steps, how to go on, what came of it."""
 
+import errno
 import shutil
 import time
 from collections import Counter
@@ -10,6 +11,7 @@ import torch
 from data2vec_vision import distributed
 from data2vec_vision.config import flag
 from data2vec_vision.device import device_name
+from data2vec_vision.errors import one_line
 from data2vec_vision.plan import Job
 from data2vec_vision.run import COMMAND, BadFiles, duration, plural, size
 from data2vec_vision.sources import ImageFolder
@@ -99,14 +101,22 @@ def go_on(job: Job) -> str:
     return f"; continue with: {COMMAND} train --resume-checkpoint {last}" if last.exists() else ""
 
 
-def out_of_memory(job: Job) -> str:
-    config = job.config
-    smaller = f"try --batch-size {config.batch_size // 2} --grad-accum {config.grad_accum * 2}, the same images a step"
-    return (
-        f"the memory of {job.device} is not enough for batches of {config.batch_size}; "
-        + (smaller if config.batch_size % 2 == 0 else "try a smaller --batch-size")
-        + go_on(job)
-    )
+def failure(error: Exception, job: Job, traceback: Path | None) -> str:
+    """Why the run cannot go on, and what to try; `traceback` is the file that has the details, if it was written."""
+    config, text = job.config, str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        smaller = f"--batch-size {config.batch_size // 2} --grad-accum {config.grad_accum * 2}, the same images a step"
+        advice = smaller if config.batch_size % 2 == 0 else "a smaller --batch-size"
+        return f"the memory of {job.device} is not enough for batches of {config.batch_size}; try {advice}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+        return f"cannot write to {job.folder}: {error.strerror}; make room there"
+    if "DataLoader worker" in text:
+        return (
+            f"a process that reads images was killed, for want of memory perhaps; try --workers {config.workers // 2}"
+        )
+    if config.compile and type(error).__module__.startswith("torch._"):
+        return f"the model cannot be compiled here: {one_line(error)}; try --no-compile"
+    return one_line(error) + (f" (the traceback is in {traceback})" if traceback else "")
 
 
 def estimate(job: Job, left: float) -> str:

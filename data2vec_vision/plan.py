@@ -20,7 +20,7 @@ from data2vec_vision.config import (
     resolve,
     steps_per_epoch,
 )
-from data2vec_vision.device import cores, device_exists, find_device, multiplies_bf16, versions
+from data2vec_vision.device import cores, device_exists, find_device, fused_attention_pays, multiplies_bf16, versions
 from data2vec_vision.errors import InputError, one_line
 from data2vec_vision.knobs import knobs_from, option_defaults
 from data2vec_vision.methods.base import Method
@@ -100,7 +100,7 @@ def prepare(config: TrainConfig) -> Job:
         method = method_class(vit, **knobs_from(method_class.Config, config, config.method))
     method.student.transform = replace(method.student.transform, **normalization)
     schedule = Plan(((0, config.epochs * steps_per_epoch(config, len(source))),), config.max_lr, config.warmup_pct)
-    return checked(Job(config, reasons, source, method.to(device), schedule, device))
+    return made_ready(Job(config, reasons, source, method.to(device), schedule, device))
 
 
 def restore(config: TrainConfig, given: Mapping[str, Any]) -> Job:
@@ -133,7 +133,7 @@ def restore(config: TrainConfig, given: Mapping[str, Any]) -> Job:
     except RuntimeError as error:
         raise InputError(f"the weights in {path} are of another shape: {one_line(error)}") from error
     method.student.transform = ImageTransform.from_dict(content["encoders"]["student"]["transform"])
-    return checked(Job(config, {}, source, method.to(device), schedule, device, step, content))
+    return made_ready(Job(config, {}, source, method.to(device), schedule, device, step, content))
 
 
 def merged(stored: TrainConfig, typed: TrainConfig, given: Mapping[str, Any], path: str) -> TrainConfig:
@@ -186,8 +186,15 @@ def refuse_changed_images(source: ImageFolder, content: Mapping[str, Any], confi
     raise InputError(f"{changed}; restore it, or go on with --allow-changed-images")
 
 
-def checked(job: Job) -> Job:
-    """Raises InputError for what only shows when everything is known."""
+def made_ready(job: Job) -> Job:
+    """The job, made ready for its device. Raises InputError for what only shows when everything is known."""
+    for encoder in job.method.encoders.values():
+        encoder.set_fused_attention(fused_attention_pays(job.device, job.config.precision))
+    if job.folder.resolve().is_relative_to(job.source.root):
+        raise InputError(
+            f"the run would write to {job.folder}, inside the folder of the images; "
+            f"give a --checkpoint-out-dir outside {job.config.input_path}"
+        )
     if job.config.batch_size % distributed.processes():
         raise InputError(
             f"--batch-size {job.config.batch_size} cannot be shared by {distributed.processes()} processes; "

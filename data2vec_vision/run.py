@@ -100,10 +100,14 @@ class RunFolder:
             self._metrics.write(json.dumps(record) + "\n")
             self._metrics.flush()
 
-    def keep_traceback(self, text: str) -> None:
+    def keep_traceback(self, text: str) -> Path | None:
         """Write error.txt, so that an error nobody foresaw can be looked into after a long run."""
-        with contextlib.suppress(OSError):  # the disk may be what failed, and the error is being reported
-            (self.path / "error.txt").write_text(text, encoding="utf-8")
+        path = self.path / "error.txt"
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError:  # the disk may be what failed, and that is being reported
+            return None
+        return path
 
     def close(self) -> None:
         for file in (self._metrics, self._lock):

@@ -20,7 +20,7 @@ from data2vec_vision import checkpoint, distributed
 from data2vec_vision.config import TrainConfig
 from data2vec_vision.data import Batch, MicroBatches, Stream, StreamDataset, make_loader
 from data2vec_vision.errors import InputError, RunFailed, Stopped, one_line
-from data2vec_vision.messages import describe, estimate, farewell, go_on, out_of_memory
+from data2vec_vision.messages import describe, estimate, failure, farewell, go_on
 from data2vec_vision.plan import Job, prepare, restore
 from data2vec_vision.run import BadFiles, Progress, RunFolder, caught_signals, say
 from data2vec_vision.seeding import seed_device
@@ -128,11 +128,9 @@ def train(config: TrainConfig, given: Mapping[str, Any] | None = None) -> Path:
         watch(job, folder)
     except (InputError, RunFailed, Stopped, KeyboardInterrupt):
         raise
-    except torch.OutOfMemoryError as error:
-        raise RunFailed(out_of_memory(job)) from error
     except Exception as error:
-        folder.keep_traceback(traceback.format_exc())
-        raise RunFailed(f"{one_line(error)} (the traceback is in {folder.path / 'error.txt'}){go_on(job)}") from error
+        kept = folder.keep_traceback(traceback.format_exc())
+        raise RunFailed(failure(error, job, kept) + go_on(job)) from error
     finally:
         folder.close()
         distributed.stop()

@@ -79,6 +79,13 @@ class MaskedVisionTransformer(nn.Module):
         """(rows, columns) of patches of the image size that the model was built for."""
         return self.vit.patch_embed.grid_size
 
+    def set_fused_attention(self, fused: bool) -> None:
+        """Whether attention is torch's fused kernel, or two matrix products and a softmax: the same function."""
+        module: Any
+        for module in self.vit.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = fused
+
     def forward(self, x: Tensor) -> Features:
         """Images [B, 3, H, W] or patch sequences [B, S, 3*P*P] -> features and all hidden states."""
         encoded = self.encode(x, hidden=range(self.depth))

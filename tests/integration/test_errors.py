@@ -67,6 +67,13 @@ def test_an_output_folder_that_cannot_be_written(refused, images, tmp_path):
     assert "cannot make /proc/run" in refused("train", images, *TINY, "--checkpoint-out-dir", "/proc/run")
 
 
+def test_an_output_folder_among_the_images(refused, images):
+    """Its pictures would be images of the next run."""
+    line = refused("train", images, *TINY, "--checkpoint-out-dir", images / "runs" / "a")
+    assert "inside the folder of the images; give a --checkpoint-out-dir outside" in line
+    assert not (images / "runs").exists()
+
+
 def test_a_folder_that_holds_a_run_is_refused_with_the_two_commands_that_help(cli, refused, images):
     cli("train", images, *TINY, "--epochs", 1)
     before = Path("runs/images-data2vec/student_0.pt").read_bytes()

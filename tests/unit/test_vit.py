@@ -219,3 +219,11 @@ def test_blocks_without_a_feed_forward_of_their_own_are_recognised(tiny_vit):
     assert not has_separate_ffn(
         VisionTransformer(16, 4, embed_dim=32, depth=1, num_heads=2, block_fn=ParallelScalingBlock)
     )
+
+
+def test_fused_and_plain_attention_are_the_same_function(tiny_vit):
+    model, images = MaskedVisionTransformer(tiny_vit().eval()), torch.randn(2, 3, 16, 16)
+    fused = model(images).features
+    model.set_fused_attention(False)
+    assert not any(block.attn.fused_attn for block in model.vit.blocks)
+    torch.testing.assert_close(model(images).features, fused, rtol=1e-5, atol=1e-5)

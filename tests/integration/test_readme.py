@@ -1,0 +1,79 @@
+"""README.md as a newcomer would follow it: its Python runs as printed, its commands have the options they use."""
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data2vec_vision as d2v
+from data2vec_vision.__main__ import cli
+from data2vec_vision.methods.data2vec import Data2Vec
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = re.findall(r"^(?:python -m data2vec_vision) (\w+.*)$", README, re.MULTILINE)
+
+
+@pytest.fixture
+def names(cli):
+    """The files that README's text has made by then, and the names its snippets share."""
+    torch.manual_seed(0)
+    d2v.save_encoder(Data2Vec("vit_small_patch16_224").student, "student_99.pt", method="data2vec")
+    noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
+    Path("photos").mkdir()
+    Image.fromarray(noise).resize((300, 200), Image.Resampling.BICUBIC).save("photo.jpg")
+    Image.open("photo.jpg").save("photos/photo.png")
+    assert cli("extract", "student_99.pt", "photos", "--output", "features.npz")[0] == 0
+    return {}
+
+
+def test_the_python_runs_as_printed(names):
+    assert len(SNIPPETS) == 5
+    results = []
+    for snippet in SNIPPETS:
+        exec(snippet, names)
+        results.append(names["features"])
+    extracted, by_patches, by_image = results[:3]
+    assert extracted.shape == (1, 384) and names["paths"].tolist() == ["photo.png"]
+    assert by_patches.shape == (1, 196, 384) and names["hidden_states"].shape == (12, 1, 196, 384)
+    assert torch.equal(by_patches, by_image)
+    assert names["embedding"].shape == (1, 384)
+    np.testing.assert_allclose(names["embedding"].detach().numpy(), extracted, rtol=1e-4, atol=1e-4)
+    assert torch.isfinite(names["loss"])
+    timm_features = (
+        names["vit"]
+        .eval()
+        .forward_features(names["images"] if names["images"].shape[0] == 1 else torch.zeros(1, 3, 224, 224))
+    )
+    assert timm_features.shape == (1, 197, 384)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_commands_have_their_options(line):
+    name, *arguments = shlex.split(line, comments=True)
+    command = cli.commands[name]
+    command.make_parser(click.Context(command)).parse_args(arguments)
+
+
+def test_the_two_commands_come_first_and_ci_calls_them():
+    first = README.split("```")[1]
+    assert [line.split("#")[0].strip() for line in first.strip().splitlines()] == ["make demo", "make test"]
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_file_tree_names_every_file():
+    tree = README.split("## The code")[1]
+    package = ROOT / "data2vec_vision"
+    missing = [p.name for p in package.rglob("*.py") if p.name not in tree and p.name not in ("__init__.py", "make.py")]
+    assert missing == []
+
+
+def test_pictures_exist():
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (ROOT / path).is_file(), path

@@ -1,0 +1,70 @@
+"""What a run says of the machine, of the time it takes, and of what ended it."""
+
+import dataclasses
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+
+from data2vec_vision import messages
+from data2vec_vision.config import TrainConfig
+from data2vec_vision.plan import prepare
+from data2vec_vision.run import duration, size
+
+
+@pytest.fixture
+def job(images):
+    return prepare(
+        TrainConfig(input_path=str(images), image_size=16, patch_size=4, hidden_dim=32, n_encoders=2, batch_size=4)
+    )
+
+
+def test_unused_gpus_are_pointed_out(job, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(messages, "device_name", lambda device: "cuda:0")
+    assert "GPUs" not in messages.describe(job)
+    text = messages.describe(dataclasses.replace(job, device=torch.device("cuda", 0)))
+    assert "4 GPUs found, using 1; all 4: torchrun --nproc-per-node 4 -m data2vec_vision train" in text
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert "GPUs found" not in messages.describe(dataclasses.replace(job, device=torch.device("cuda", 0)))
+
+
+def test_a_long_run_on_a_cpu_gets_a_smaller_setting_with_its_time(job):
+    assert messages.advice_if_long(job, 3600) == ""
+    big = dataclasses.replace(job, config=dataclasses.replace(job.config, epochs=100))
+    text = messages.advice_if_long(big, 50 * 3600)
+    assert text.startswith("That is long for a CPU. About ") and "\n" not in text
+    assert messages.advice_if_long(dataclasses.replace(big, device=torch.device("cuda")), 50 * 3600) == ""
+
+
+def test_the_time_of_the_smaller_setting_follows_from_the_multiplications():
+    """Half the width and a quarter of the patches are about a sixteenth of the work, a bit less attention apart."""
+    assert messages.cost(49, 192, 12) < messages.cost(196, 384, 12) / 16
+    assert messages.cost(49, 192, 12) > messages.cost(196, 384, 12) / 20
+
+
+def test_the_estimate_names_the_end(job):
+    assert messages.estimate(job, 90).startswith("About 90 s to go, until ")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "try --batch-size 2 --grad-accum 2, the same images a step"),
+        (MemoryError(), "not enough for batches of 4"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "not enough for batches of 4"),
+        (OSError(errno.ENOSPC, "No space left on device"), "cannot write to runs/images-data2vec: No space left"),
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), "try --workers"),
+        (KeyError("x"), "KeyError: 'x' (the traceback is in error.txt)"),
+    ],
+)
+def test_failures_say_what_to_try_in_one_line(job, error, expected):
+    text = messages.failure(error, job, Path("error.txt"))
+    assert expected in text and "\n" not in text
+
+
+def test_durations_and_sizes_are_said_as_people_say_them():
+    assert [duration(s) for s in (5, 99, 120, 3540, 3600, 12_000, 200_000)] == [
+        "5 s", "99 s", "2 min", "59 min", "1 h 0 min", "3 h 20 min", "2 d 7 h"]  # fmt: skip
+    assert [size(n) for n in (999, 1500, 2_500_000, 3.2e9, 5e12)] == ["999 bytes", "2 kB", "2 MB", "3.2 GB", "5.0 TB"]
