@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from timm.layers import DropPath, LayerScale, PatchEmbed, resample_abs_pos_embed
+from timm.layers import DropPath, LayerScale, PatchEmbed, resample_abs_pos_embed, trunc_normal_
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -58,7 +58,7 @@ class MaskedVisionTransformer(nn.Module):
         self.vit = vit
         self.mask_token = nn.Parameter(torch.zeros(1, 1, vit.embed_dim)) if mask_token else None
         if self.mask_token is not None:
-            nn.init.trunc_normal_(self.mask_token, std=0.02)
+            trunc_normal_(self.mask_token, std=0.02)  # timm's: torch has changed its own between versions
         self.transform = ImageTransform(tuple(vit.patch_embed.img_size))
         self.pool = "mean"
 

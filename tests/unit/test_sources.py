@@ -105,7 +105,7 @@ def test_every_mode_becomes_rgb(mode):
         image = Image.new("LAB", (8, 8), (128, 128, 128))
     else:
         image = image.convert(mode)
-    kind = "TIFF" if mode in ("CMYK", "YCbCr", "LAB") else "PNG"
+    kind = "JPEG" if mode == "YCbCr" else "TIFF" if mode in ("CMYK", "LAB") else "PNG"
     if mode == "HSV":
         kind, image = "PNG", image.convert("RGB")
     decoded = roundtrip(image, kind)
