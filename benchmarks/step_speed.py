@@ -18,16 +18,16 @@ from collections.abc import Callable
 import timm
 import torch
 
-from data2vec_vision.device import device_name, find_device, multiplies_bf16
+from data2vec_vision.device import device_name, find_device, fused_attention_pays, multiplies_bf16
 from data2vec_vision.methods.data2vec import Data2Vec
 from data2vec_vision.train import clip_and_step
 
 Step = Callable[[], None]
 
 
-def ours(args: argparse.Namespace, images: torch.Tensor, dtype: torch.dtype) -> Step:
-    """A step as `train` takes it, with the default target."""
-    method = Data2Vec(args.model, mask_ratio=0.6, tau_initial=0.999, tau_end=0.999).to(images.device).train()
+def data2vec_step(method: Data2Vec, images: torch.Tensor, dtype: torch.dtype) -> Step:
+    """A step as `train` takes it."""
+    method.to(images.device).train()
     optimizer = torch.optim.AdamW(method.param_groups(0.05), lr=1e-4, fused=True)
     scaler = torch.amp.GradScaler(images.device.type, enabled=False)
     masks = method.sample_masks(len(images), images.device)  # in a run the workers draw them
@@ -40,6 +40,14 @@ def ours(args: argparse.Namespace, images: torch.Tensor, dtype: torch.dtype) -> 
         method.after_step(0.5)
 
     return step
+
+
+def ours(args: argparse.Namespace, images: torch.Tensor, dtype: torch.dtype) -> Step:
+    """Our step with the default target, and with the attention that `train` would take."""
+    method = Data2Vec(args.model, mask_ratio=0.6, tau_initial=0.999, tau_end=0.999)
+    for encoder in method.encoders.values():
+        encoder.set_fused_attention(fused_attention_pays(images.device, "bf16" if dtype == torch.bfloat16 else "fp32"))
+    return data2vec_step(method, images, dtype)
 
 
 def theirs(args: argparse.Namespace, images: torch.Tensor, dtype: torch.dtype) -> Step:
