@@ -10,11 +10,11 @@ import platform
 import statistics
 
 import torch
+from step_speed import data2vec_step, seconds
 
 from data2vec_vision.device import device_name, find_device
 from data2vec_vision.methods.data2vec import Data2Vec
 from data2vec_vision.vit import build_vit
-from step_speed import data2vec_step, seconds
 
 SHAPES = {  # of the encoder, and images a step
     "ViT 192 x 6, patch 4, 32 px": ({"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3}, 128),

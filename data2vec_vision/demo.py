@@ -130,7 +130,7 @@ def draw_neighbours(
     title = "Held-out images and their nearest training images; green: same class. kNN accuracy: " + ", ".join(
         f"{name} {value:.1f} %" for name, value in results.items()
     )
-    return grid(rows, side=84, title=title)
+    return grid(rows, side=84, title=title, groups=(1, 1 + NEIGHBOURS))
 
 
 def tell(results: dict[str, float], home: Path, picture: Path, student: Path, seconds: float) -> None:

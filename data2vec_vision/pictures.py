@@ -12,18 +12,22 @@ GAP, CAPTION = 6, 18  # pixels
 Tile = tuple[Image.Image, str, tuple[int, int, int] | None]  # image, caption, colour of its frame if any
 
 
-def grid(rows: Sequence[Sequence[Tile]], side: int = 112, title: str = "") -> Image.Image:
-    """One picture of rows of tiles, each scaled to `side` pixels, its caption below it."""
+def grid(rows: Sequence[Sequence[Tile]], side: int = 112, title: str = "", groups: Sequence[int] = ()) -> Image.Image:
+    """One picture of rows of tiles, each scaled to `side` pixels, its caption below it.
+
+    groups: the columns before which a wide gap sets a group of tiles apart.
+    """
     columns = max(len(row) for row in rows)
     top = CAPTION + 2 * GAP if title else GAP
-    step_x, step_y = side + GAP, side + CAPTION + GAP
-    page = Image.new("RGB", (GAP + columns * step_x, top + len(rows) * step_y), BACKGROUND)
+    lefts = [GAP + c * (side + GAP) + 4 * GAP * sum(g <= c for g in groups) for c in range(columns)]
+    step_y = side + CAPTION + GAP
+    page = Image.new("RGB", (lefts[-1] + side + GAP, top + len(rows) * step_y), BACKGROUND)
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(13)
     if title:
         draw.text((GAP, GAP), title, INK, font)
     for r, row in enumerate(rows):
         for c, (image, caption, frame) in enumerate(row):
-            x, y = GAP + c * step_x, top + r * step_y
+            x, y = lefts[c], top + r * step_y
             sharp = Image.Resampling.NEAREST if max(image.size) < side / 2 else Image.Resampling.LANCZOS
             page.paste(image.convert("RGB").resize((side, side), sharp), (x, y))
             if frame:
