@@ -87,7 +87,7 @@ def _files(root: str, below: str, seen: set[tuple[int, int]]) -> Iterator[str]:
             return
         seen.add((status.st_dev, status.st_ino))
         with os.scandir(here) as entries:
-            visible = [(e.name, e.is_dir()) for e in entries if not e.name.startswith(".")]
+            visible = [(e.name, e.is_dir()) for e in entries if not e.name.startswith(".") and not _is_special(e)]
     except OSError as error:
         raise InputError(f"cannot look into the folder {here}: {error.strerror}") from error
     # "a/x" sorts behind "a-b/x": a folder takes its place by its name with the slash that follows.
@@ -96,6 +96,11 @@ def _files(root: str, below: str, seen: set[tuple[int, int]]) -> Iterator[str]:
             yield from _files(root, below + name + "/", seen)
         else:
             yield below + name
+
+
+def _is_special(entry: os.DirEntry[str]) -> bool:
+    """Whether this is a pipe, a socket or a device, which could be waited for without end."""
+    return not entry.is_dir() and not entry.is_file() and os.path.exists(entry.path)
 
 
 def open_source(path: str | os.PathLike[str]) -> ImageFolder:

@@ -37,6 +37,13 @@ def test_order_is_that_of_the_sorted_paths(tmp_path):
     assert found == sorted(found) and len(found) == 7
 
 
+def test_pipes_are_no_images(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    os.symlink(tmp_path / "pipe.png", tmp_path / "link.png")
+    touch(tmp_path, "a.png")
+    assert names(open_source(tmp_path)) == ["a.png"]
+
+
 def test_links_to_folders_are_followed_once_and_loops_end(tmp_path):
     touch(tmp_path / "elsewhere", "x.png")
     touch(tmp_path / "photos", "a.png")
