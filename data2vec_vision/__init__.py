@@ -17,6 +17,7 @@ _NAMES = {
     "MaskedVisionTransformer": "vit",
     "Features": "vit",
     "load": "checkpoint",
+    "open_image": "sources",
     "save_encoder": "checkpoint",
     "InputError": "errors",
     "RunFailed": "errors",

@@ -184,7 +184,9 @@ def models(pattern: str) -> None:
     """List the timm models that can be pretrained, such as 'vit_small*'."""
     from data2vec_vision.vit import usable_models
 
-    click.echo("\n".join(usable_models(pattern)))
+    if not (found := usable_models(pattern)):
+        raise InputError(f"no model that can be pretrained is named like {pattern!r}; * stands for anything: 'vit_*'")
+    click.echo("\n".join(found))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -207,11 +209,12 @@ def main(arguments: list[str] | None = None) -> int:
         return ended("interrupted", 130)
     except Exception as error:
         text = " ".join(str(error).split())[:300]
-        return debugged(arguments) or ended(f"{type(error).__name__}: {text}; --debug shows where", 1)
+        hint = "; --debug shows where" if arguments[:1] in (["train"], ["extract"]) else ""
+        return debugged(arguments) or ended(f"{type(error).__name__}: {text}{hint}", 1)
 
 
 def debugged(arguments: list[str]) -> int:
-    """With --debug, the traceback of the exception being handled, and the exit code 1."""
+    """With --debug, print the traceback of the exception being handled. Returns 0: the line that follows counts."""
     if "--debug" in arguments:
         traceback.print_exc()
     return 0

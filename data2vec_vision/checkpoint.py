@@ -9,6 +9,7 @@ import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor
 
 from data2vec_vision.errors import InputError, one_line
 from data2vec_vision.transforms import ImageTransform
@@ -23,6 +25,20 @@ from data2vec_vision.vit import MaskedVisionTransformer, architecture, build_vit
 
 STUDENT, TRAINING = "data2vec_vision.student", "data2vec_vision.training"
 VERSION = 1
+_ENCODER = ("encoder", "state_dict", "mask_token", "transform", "pool")
+CONTENT: dict[str, tuple[str, ...]] = {  # what a file of each format cannot do without
+    STUDENT: ("version", "method", *_ENCODER),
+    TRAINING: ("version", "method", "config", "step", "segments", "method_state", "encoders", "optimizer", "scaler",
+               "skipped", "window", "n_images", "fingerprint", "environment"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Start:
+    """What comes with the first weights of an encoder, where their file knows it."""
+
+    normalization: dict[str, Any] = field(default_factory=dict)  # mean and std expected of images
+    mask_token: Tensor | None = None  # [1, 1, D]
 
 
 @contextmanager
@@ -63,7 +79,7 @@ def encoder_content(encoder: MaskedVisionTransformer) -> dict[str, Any]:
         "pool": encoder.pool,
         "encoder": architecture(encoder.vit),
         "state_dict": encoder.vit.state_dict(),
-        "mask_token": encoder.mask_token,
+        "mask_token": None if encoder.mask_token is None else encoder.mask_token.detach(),
         "transform": encoder.transform.to_dict(),
     }
 
@@ -85,13 +101,13 @@ def load_encoder(
     `which` chooses the student or the teacher of a training file. Raises InputError for any other file.
     """
     content = read(path, map_location)
-    if content.get("format") == TRAINING:
+    if content.get("format") not in CONTENT:
+        raise InputError(f"{path} is no file of this tool; give a student_*.pt, teacher_*.pt or checkpoint_*.pt")
+    check_content(path, content)
+    if content["format"] == TRAINING:
         if which not in content["encoders"]:
             raise InputError(f"{path} holds no {which}: the method {content['method']} has none")
         content = content | content["encoders"][which]
-    elif content.get("format") != STUDENT:
-        raise InputError(f"{path} is no file of this tool; give a student_*.pt, teacher_*.pt or checkpoint_*.pt")
-    check_version(path, content)
     described = content["encoder"]
     encoder = MaskedVisionTransformer(
         build_vit(described["model"], **described["arguments"]), mask_token=content["mask_token"] is not None
@@ -119,7 +135,7 @@ def read(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, A
         raise InputError(
             f"{path} is not a file of weights, or would run code when loaded; it was not loaded"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # damaged bytes make the unpickler raise nearly anything
         raise InputError(f"{path} cannot be read, it is damaged or no checkpoint: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no checkpoint but a {type(content).__name__}")
@@ -152,7 +168,7 @@ def read_training(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise InputError(f"{path} holds an encoder only and cannot continue a run; give a checkpoint_*.pt")
     if content.get("format") != TRAINING:
         raise InputError(f"{path} is no checkpoint of this tool; give a checkpoint_*.pt that `train` wrote")
-    check_version(path, content)
+    check_content(path, content)
     return content
 
 
@@ -161,19 +177,25 @@ def load(path: str | os.PathLike[str], map_location: Any = "cpu", which: str = "
     return load_encoder(path, map_location, which)[0]
 
 
-def check_version(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
-    if content["version"] > VERSION:
+def check_content(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
+    """Raises InputError for a file of ours that is newer than this version, or lacks what its format has."""
+    if content.get("version", 0) > VERSION:
         raise InputError(f"{path} was written by a newer version of this tool (format {content['version']}); update it")
+    if lacking := [name for name in CONTENT[content["format"]] if name not in content]:
+        raise InputError(f"{path} is damaged: it lacks {', '.join(lacking)}")
 
 
-def load_weights(vit: VisionTransformer, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Start `vit` from a student file, or from a file of timm weights (.pt, .pth, .bin, .safetensors).
+def load_weights(vit: VisionTransformer, path: str | os.PathLike[str]) -> Start:
+    """Start `vit` from a file of ours, or from a file of timm weights (.pt, .pth, .bin, .safetensors).
 
-    Position embeddings and patch kernels of another size are resampled, as timm does; a classifier head
-    is left out. Returns the mean and std that the weights expect of images, where the file knows them.
+    Of a training checkpoint it is the student. Position embeddings and patch kernels of another size are
+    resampled, as timm does; a classifier head is left out. Returns what else the file has for a start.
     Raises InputError, naming the first misfit, when the weights are of another architecture.
     """
     content = read_safetensors(path) if str(path).endswith(".safetensors") else read(path)
+    if content.get("format") == TRAINING:
+        check_content(path, content)
+        content = content["encoders"]["student"]
     weights = content.get("state_dict", content.get("model", content))
     try:
         weights = checkpoint_filter_fn(dict(weights), vit)
@@ -191,7 +213,7 @@ def load_weights(vit: VisionTransformer, path: str | os.PathLike[str]) -> dict[s
             raise InputError(f"--init {path} is for an encoder of another size: {name} is {sizes}")
     vit.load_state_dict({name: weights[name] for name in vit.state_dict()})
     transform = content.get("transform", {})
-    return {name: tuple(transform[name]) for name in ("mean", "std") if name in transform}
+    return Start({n: tuple(transform[n]) for n in ("mean", "std") if n in transform}, content.get("mask_token"))
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -111,6 +111,11 @@ def fields() -> dict[str, dataclasses.Field]:
     return {f.name: f for f in dataclasses.fields(TrainConfig) if f.metadata}
 
 
+def defaults() -> dict[str, Any]:
+    """The value of every option that is not typed."""
+    return {name: field.default for name, field in fields().items()}
+
+
 def field_type(name: str) -> type:
     """The type of an option's value, leaving out the None of `auto`."""
     hint = get_type_hints(TrainConfig)[name]
@@ -232,7 +237,7 @@ class Facts:
     image_size: int  # pixels, of the encoder that was built
     depth: int  # blocks
     recipe: Mapping[str, Any]  # what the method says of options left on auto
-    device: str
+    device: str  # its kind, without a number: each process of a run has its own
     native_bf16: bool  # whether the device multiplies bf16 matrices in hardware
     cores: int
     processes: int = 1
@@ -261,8 +266,13 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, dict[str, s
     if "tau_end" in facts.recipe:
         # The teacher remembers 1 / (1 - tau) steps: 2 % of the run, where the paper has 1 %, at first a tenth of that.
         memory = 0.02 * config.epochs * steps_per_epoch(config, facts.n_images)
-        why = f"the teacher's memory is {max(memory, 10):,.0f} steps, 2 % of the run"
-        fill("tau_end", round(1 - 1 / max(memory, 10), 6), why)
+        why = f"the teacher's memory is {memory:,.0f} steps, 2 % of the run"
+        last = round(1 - 1 / max(memory, 10), 6)
+        if memory < 10:
+            why = "the teacher's memory is 10 steps at least"
+        if (config.tau_initial or 0) > last:
+            last, why = config.tau_initial, "as --tau-initial, which is more than the rule gives"
+        fill("tau_end", last, why)
         first = min(values.get("tau_end", config.tau_end), 1 - 1 / max(memory / 10, 2))
         fill("tau_initial", round(first, 6), "a tenth of that memory at first")
     if "max_lr_at_256" in facts.recipe:
@@ -274,12 +284,8 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, dict[str, s
         if name in fields():
             fill(name, value, f"default of {Path(config.method).stem}")
     fill("device", facts.device, "the best present")
-    fast = "bf16" if facts.native_bf16 else "fp32"
-    fill(
-        "precision",
-        fast,
-        f"{facts.device} computes bf16 in hardware" if facts.native_bf16 else f"{facts.device} has no fast bf16",
-    )
+    fast, why = ("bf16", "computes bf16 in hardware") if facts.native_bf16 else ("fp32", "has no fast bf16")
+    fill("precision", fast, f"{facts.device} {why}")
     fill(
         "workers", min(8, max(1, facts.cores // facts.processes - 1)) if facts.cores > 1 else 0, f"{facts.cores} cores"
     )

@@ -17,7 +17,7 @@ from data2vec_vision.evaluate import accuracy, knn_classify
 from data2vec_vision.extract import extract, feature_function, image_loader
 from data2vec_vision.pictures import Tile, grid
 from data2vec_vision.plan import prepare
-from data2vec_vision.run import COMMAND, duration, say
+from data2vec_vision.run import PROGRAM, duration, say
 from data2vec_vision.samples import write_samples
 from data2vec_vision.sources import open_source
 from data2vec_vision.train import train
@@ -26,6 +26,7 @@ from data2vec_vision.vit import MaskedVisionTransformer
 HELD_OUT = 160  # of the 200 images of a class, those from this number on are held out
 RIGHT, WRONG = (60, 160, 80), (215, 70, 60)
 NEIGHBOURS = 5
+MARK = ".made-by-the-demo"  # a file of this name says that the folder may be used again
 
 # The best of about 55 settings on other Fashion-MNIST images; see benchmarks/RESULTS.md. The photos are centred
 # and of one size, so crops and mirror images only cost.
@@ -50,9 +51,7 @@ def demo(directory: str, seed: int = 0, epochs: int | None = None) -> dict[str, 
     .npz and neighbours.png. Raises InputError for another folder.
     """
     begin, home = time.perf_counter(), Path(directory)
-    if home.exists() and any(home.iterdir()) and not (home / "images").is_dir():
-        raise InputError(f"{home} holds other files; give the demo a folder of its own: {COMMAND} demo another-folder")
-    shutil.rmtree(home / "run", ignore_errors=True)
+    make_home(home)
     folders = {part: home / "images" / part for part in ("train", "test")}
     write_samples(str(folders["train"]), lambda name: number(name) < HELD_OUT)
     write_samples(str(folders["test"]), lambda name: number(name) >= HELD_OUT)
@@ -80,6 +79,18 @@ def demo(directory: str, seed: int = 0, epochs: int | None = None) -> dict[str, 
         draw_neighbours(folders, labels, nearest, results).save(file, "PNG")
     tell(results, home, picture, student, time.perf_counter() - begin)
     return results
+
+
+def make_home(home: Path) -> None:
+    """Make the demo's folder, or clear the run from that of an earlier demo. Raises InputError for another folder."""
+    if home.exists() and (not home.is_dir() or (any(home.iterdir()) and not (home / MARK).exists())):
+        raise InputError(f"{home} holds other files; give the demo a folder of its own: {PROGRAM} demo another-folder")
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        (home / MARK).touch()
+        shutil.rmtree(home / "run", ignore_errors=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {home}: {error.strerror}; give another folder") from error
 
 
 def number(name: str) -> int:
@@ -148,4 +159,4 @@ def tell(results: dict[str, float], home: Path, picture: Path, student: Path, se
     say(f"  {picture}: held-out images and what the encoder finds most alike, before and after; look at it")
     say(f"  {student}: the trained encoder")
     say(f"  {home / 'train.npz'}, {home / 'test.npz'}: features and paths")
-    say(f"\nNext, on your own images:\n  {COMMAND} train path/to/your/images\n  {COMMAND} train --help")
+    say(f"\nNext, on your own images:\n  {PROGRAM} train path/to/your/images\n  {PROGRAM} train --help")

@@ -21,6 +21,8 @@ def find_device(name: str | None) -> torch.device:
     if not device_exists(name):
         raise InputError(f"there is no device {name!r} here; there is {', '.join(devices())}")
     device = torch.device(name)
+    if device.index is not None and distributed.processes() > 1:
+        raise InputError(f"--device {name} is one device, but each process has its own; use --device {device.type}")
     if device.type == "cuda":
         device = torch.device("cuda", distributed.local_rank() if device.index is None else device.index)
         torch.cuda.set_device(device)

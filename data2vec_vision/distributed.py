@@ -51,6 +51,16 @@ def mean(values: Tensor) -> Tensor:
     return values
 
 
+def union(found: dict[int, str]) -> dict[int, str]:
+    """The entries that any process has, in every process; costs one flag where there is none."""
+    if not any_process(bool(found)):
+        return found
+    everyone: list[dict[int, str]] = [found] * processes()
+    if dist.is_initialized():
+        dist.all_gather_object(everyone, found)
+    return {index: reason for part in everyone for index, reason in part.items()}
+
+
 def any_process(flag: bool) -> bool:
     """Whether `flag` is true in any process; on the CPU, so that no device waits."""
     if not dist.is_initialized():

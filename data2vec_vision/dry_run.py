@@ -10,14 +10,16 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
+from data2vec_vision import distributed
 from data2vec_vision.checkpoint import atomic_write
 from data2vec_vision.config import TrainConfig
 from data2vec_vision.data import Stream, StreamDataset
 from data2vec_vision.device import peak_memory
+from data2vec_vision.errors import InputError
 from data2vec_vision.messages import advice_if_long, describe
 from data2vec_vision.pictures import Tile, grid, masked
 from data2vec_vision.plan import Job, prepare, restore
-from data2vec_vision.run import RunFolder, duration, say, size
+from data2vec_vision.run import PROGRAM, RunFolder, duration, plural, say, size
 from data2vec_vision.train import optimizer_and_scaler, training_steps
 
 EXAMPLES = 6  # images in the picture
@@ -29,18 +31,30 @@ def dry_run(config: TrainConfig, given: Mapping[str, Any] | None = None) -> Path
 
     Arguments and errors as for `train`. Writes views.png to the folder of the run and returns that folder.
     """
+    if distributed.processes() > 1:
+        raise InputError(f"a dry run takes one process: {PROGRAM} train ... --dry-run")
     job = restore(config, given or {}) if config.resume_checkpoint else prepare(config)
+    folder = RunFolder(job.folder)
+    if job.restored is None:
+        folder.refuse_if_used()
     say(describe(job))
-    RunFolder(job.folder).make()
+    folder.make()
     picture = job.folder / "views.png"
-    with atomic_write(picture) as file:
-        draw_views(job).save(file, "PNG")
+    try:
+        with atomic_write(picture) as file:
+            draw_views(job).save(file, "PNG")
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {job.folder}: {error.strerror}; give another --checkpoint-out-dir"
+        ) from error
     load = seconds_to_load(job) * job.config.images_a_step / max(1, job.config.workers or 0)
     compute = seconds_to_compute(job)
     step = load + compute if job.config.workers == 0 else max(load, compute)
     total = step * (job.schedule.total_steps - job.first_step)
     say(f"Time     about {duration(total)}: {step:.2f} s a step, {compute:.2f} s to compute and {load:.2f} s to load")
-    say(f"Memory   {size(peak_memory(job.device))} at the most")
+    workers = f", and {plural(job.config.workers, 'worker', 'workers')} beside it" if job.config.workers else ""
+    where = "in the main process" + workers if job.device.type == "cpu" else f"on {job.device}"
+    say(f"Memory   {size(peak_memory(job.device))} {where}, the most in {STEPS} steps")
     if advice := advice_if_long(job, total):
         say(advice)
     say(f"Picture  {picture}: images, their views, and the views as the student sees them. Nothing was trained.")
@@ -64,7 +78,7 @@ def seconds_to_compute(job: Job) -> float:
     first = job.first_step
     short = dataclasses.replace(job, config=dataclasses.replace(job.config, workers=0))
     optimizer, scaler = optimizer_and_scaler(short)
-    start = seconds = 0.0
+    start, seconds = time.perf_counter(), 0.0
     for step in training_steps(short, optimizer, scaler):
         if job.device.type != "cpu":
             torch.accelerator.synchronize()

@@ -19,8 +19,8 @@ from tqdm import tqdm
 from data2vec_vision.checkpoint import atomic_write, load_encoder
 from data2vec_vision.data import leave_signals_to_parent
 from data2vec_vision.device import cores, find_device, fused_attention_pays
-from data2vec_vision.errors import InputError, RunFailed, one_line
-from data2vec_vision.run import say, size
+from data2vec_vision.errors import InputError, RunFailed, Stopped, one_line
+from data2vec_vision.run import caught_signals, say, size
 from data2vec_vision.sources import ImageFolder, open_source, read_image
 from data2vec_vision.transforms import ImageTransform
 from data2vec_vision.vit import MaskedVisionTransformer
@@ -44,8 +44,10 @@ def extract(
     """Write the features of all images below `input_path` to `output`, in the sorted order of their paths.
 
     .npz: `features` float32 [N, D], or [N, S, D] with the pool "patch", and `paths` [N], relative, with
-    forward slashes. .npy: the features alone, the paths beside it in <name>.paths.txt, one a line. Images
-    that cannot be read are left out and listed in <name>.bad_files.txt. Raises InputError.
+    forward slashes. .npy: the features alone, the paths beside it in <name>.paths.txt, one a line
+    (a line feed in a name is written as \\n). Images
+    that cannot be read are left out and listed in <name>.bad_files.txt. Raises InputError, RunFailed when the disk
+    does not take the features, and Stopped after a signal; then nothing is written.
     """
     target = check_output(output)
     where = find_device(device)
@@ -65,11 +67,11 @@ def extract(
     loader = image_loader(source, model.transform, batch_size, workers, pin=where.type == "cuda")
     bad: dict[int, str] = {}
     try:
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack, caught_signals() as signals:
             npy = stack.enter_context(
                 atomic_write(target) if target.suffix == ".npy" else tempfile.TemporaryFile(dir=target.parent)
             )
-            rows = write_features(npy, compute, loader, bad, len(source), width)
+            rows = write_features(npy, compute, loader, bad, len(source), width, signals)
             if rows == 0:
                 reason = next(iter(bad.values()))
                 raise InputError(f"none of the {len(source):,} images in {input_path} can be read; the first: {reason}")
@@ -78,7 +80,7 @@ def extract(
             else:
                 with atomic_write(target.with_suffix(".paths.txt")) as file:
                     for name in kept_names(source, bad):
-                        file.write((name + "\n").encode("utf-8", "surrogateescape"))
+                        file.write((name.replace("\n", "\\n") + "\n").encode("utf-8", "surrogateescape"))
     except OSError as error:
         raise RunFailed(f"cannot write {target}: {one_line(error)}; make room or choose another --output") from error
     report(target, rows, width, source, bad, content["method"])
@@ -87,7 +89,7 @@ def extract(
 def check_output(output: str) -> Path:
     """Raises InputError unless features can be written to `output`."""
     target = Path(output)
-    if target.suffix not in (".npz", ".npy"):
+    if target.suffix not in (".npz", ".npy"):  # numpy's own loader minds upper and lower case too
         raise InputError(f"--output {output} must end in .npz or .npy")
     if target.is_dir():
         raise InputError(f"--output {output} is a folder; give a file")
@@ -162,12 +164,18 @@ def write_features(
     bad: dict[int, str],
     total: int,
     width: list[int],
+    signals: list[int],
 ) -> int:
-    """Write an .npy of the features of all readable images, note the others in `bad`; returns the rows."""
+    """Write an .npy of the features of all readable images, note the others in `bad`; returns the rows.
+
+    Raises Stopped once there are `signals`.
+    """
     npy.write(npy_header("<f4", [0, *width]))
     rows = 0
     with tqdm(total=total, unit="image", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
         for pixels, unreadable in loader:
+            if signals:
+                raise Stopped(signals[0], "Stopped; nothing was written")
             bad |= unreadable
             if pixels is not None:
                 npy.write(compute(pixels).numpy().astype("<f4", copy=False).tobytes())

@@ -1,6 +1,7 @@
 """What a run says: the plan at its start, the estimate after some steps, how to go on, what came of it."""
 
 import errno
+import shlex
 import shutil
 import time
 from collections import Counter
@@ -13,7 +14,7 @@ from data2vec_vision.config import flag
 from data2vec_vision.device import device_name
 from data2vec_vision.errors import one_line
 from data2vec_vision.plan import Job
-from data2vec_vision.run import COMMAND, BadFiles, duration, plural, size
+from data2vec_vision.run import BadFiles, command, duration, plural, size
 from data2vec_vision.sources import ImageFolder
 
 # Of what `resolve` chose, what the plan prints with its reason.
@@ -45,7 +46,8 @@ def describe(job: Job) -> str:
         ("Method", f"{config.method}: {method.describe()}"),
         ("Step", f"{G} images a step = {plural(config.grad_accum, 'pass', 'passes')} of {config.batch_size}, "
                  f"{plural(distributed.processes(), 'process', 'processes')}{each}"),
-        ("Length", f"{plural(config.epochs, 'epoch', 'epochs')} of {plural(spe, 'step', 'steps')} = {total:,} steps"),
+        ("Length", f"{plural(config.epochs, 'epoch', 'epochs')} of {plural(spe, 'step', 'steps')} = "
+                   f"{plural(total, 'step', 'steps')}"),
         ("Device", f"{device_name(job.device)}, {config.precision}, {plural(config.workers, 'worker', 'workers')}"),
     ]  # fmt: skip
     settings = [
@@ -60,11 +62,14 @@ def describe(job: Job) -> str:
         lines.append(("Resumed", f"from {config.resume_checkpoint} after step {job.first_step:,} of {total:,}"))
         if changed := changed_environment(job):
             lines.append(("Note", f"{changed}: the run continues, but not bit for bit"))
-    lines.append(("Files", f"{job.folder}, {size(disk_needed(job))} in all, {size(disk_free(job.folder))} free"))
+    needed, free = disk_needed(job), disk_free(job.folder)
+    lines.append(("Files", f"{job.folder}, {size(needed)} in all, {size(free)} free"))
+    if needed > free:
+        lines.append(("Note", "that is not enough room: make some, or give a larger --save-every"))
     gpus = torch.cuda.device_count() if job.device.type == "cuda" else 0
     if gpus > 1 and distributed.processes() == 1:
-        command = f"torchrun --nproc-per-node {gpus} -m data2vec_vision train {config.input_path}"
-        lines.append(("Hint", f"{gpus} GPUs found, using 1; all {gpus}: {command} ..."))
+        every = f"torchrun --nproc-per-node {gpus} -m data2vec_vision train {shlex.quote(config.input_path)}"
+        lines.append(("Hint", f"{gpus} GPUs found, using 1; all {gpus}: {every} ..."))
     return "\n".join(f"{title:<8} {text}" for title, text in lines)
 
 
@@ -98,7 +103,7 @@ def disk_free(folder: Path) -> int:
 def go_on(job: Job) -> str:
     """How to continue the run, as the end of a sentence."""
     last = job.folder / "checkpoint_last.pt"
-    return f"; continue with: {COMMAND} train --resume-checkpoint {last}" if last.exists() else ""
+    return f"; continue with: {command('train', '--resume-checkpoint', last)}" if last.exists() else ""
 
 
 def failure(error: Exception, job: Job, traceback: Path | None) -> str:
@@ -126,9 +131,9 @@ def estimate(job: Job, left: float) -> str:
 
 
 def advice_if_long(job: Job, left: float) -> str:
-    """For a run of more than LONG_ON_CPU seconds on a CPU: one line with a setting that fits, and its time.
+    """For a run of more than LONG_ON_CPU seconds on a CPU: one line with the largest smaller setting that fits.
 
-    The time is this run's by the ratio of multiplications, so it is an estimate.
+    Its time is this run's by the ratio of multiplications, so it is an estimate.
     """
     if job.device.type != "cpu" or left < LONG_ON_CPU or job.restored is not None:
         return ""
@@ -138,11 +143,12 @@ def advice_if_long(job: Job, left: float) -> str:
         epochs = min(epochs, config.epochs)
         time_then = left * cost((image_size // patch_size) ** 2, width, depth) * epochs / now
         if time_then < LONG_ON_CPU:
-            break
-    return (
-        f"That is long for a CPU. About {duration(time_then)}: --image-size {image_size} --patch-size {patch_size} "
-        f"--hidden-dim {width} --n-encoders {depth} --epochs {epochs}"
-    )
+            instead = " instead of --model" if config.model else ""
+            return (
+                f"That is long for a CPU. About {duration(time_then)}: --image-size {image_size} "
+                f"--patch-size {patch_size} --hidden-dim {width} --n-encoders {depth} --epochs {epochs}{instead}"
+            )
+    return "That is long for a CPU, and so would be every smaller setting worth having; take a GPU, or fewer images."
 
 
 def cost(patches: int, width: int, depth: int) -> int:
@@ -155,6 +161,7 @@ def farewell(job: Job, bad_files: BadFiles) -> str:
     name = f"{job.folder}/student_{job.saved_epochs[-1]}.pt"
     lines = [f"Done. The encoder is {name}, the run's curve {job.folder / 'metrics.jsonl'}."]
     if len(bad_files):
-        lines.append(f"{len(bad_files)} images could not be read; {bad_files.path} lists them.")
-    lines.append(f"Next: {COMMAND} extract {name} {job.config.input_path} --output features.npz")
+        count = plural(len(bad_files), "image", "images")
+        lines.append(f"{count} could not be read; {bad_files.path} lists what and why.")
+    lines.append(f"Next: {command('extract', name, job.config.input_path, '--output', 'features.npz')}")
     return "\n".join(lines)

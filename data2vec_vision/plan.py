@@ -15,6 +15,7 @@ from data2vec_vision.config import (
     TrainConfig,
     check,
     default_heads,
+    defaults,
     flag,
     from_json,
     resolve,
@@ -85,20 +86,23 @@ def prepare(config: TrainConfig) -> Job:
     device = find_device(config.device)
     source = open_source(config.input_path)
     with seeded(config.seed, "weights"):
-        vit, normalization = build_encoder(config)
+        vit, start = build_encoder(config)
         facts = Facts(
             n_images=len(source),
             image_size=vit.patch_embed.img_size[0],
             depth=len(vit.blocks),
             recipe={**option_defaults(method_class.Config), **method_class.recipe},
-            device=str(device),
+            device=device.type,
             native_bf16=multiplies_bf16(device),
             cores=cores(),
             processes=distributed.processes(),
         )
         config, reasons = resolve(config, facts)
+        check(config)
         method = method_class(vit, **knobs_from(method_class.Config, config, config.method))
-    method.student.transform = replace(method.student.transform, **normalization)
+    for encoder in method.encoders.values():
+        encoder.transform = replace(encoder.transform, **start.normalization)
+        encoder.start_mask_token(start.mask_token)
     schedule = Plan(((0, config.epochs * steps_per_epoch(config, len(source))),), config.max_lr, config.warmup_pct)
     return made_ready(Job(config, reasons, source, method.to(device), schedule, device))
 
@@ -114,8 +118,9 @@ def restore(config: TrainConfig, given: Mapping[str, Any]) -> Job:
     stored = TrainConfig(**from_json(content["config"], path))
     config = merged(stored, config, given, path)
     check(config)
-    device = find_device(config.device if "device" in given or device_exists(stored.device) else None)
-    config = replace(config, device=str(device))
+    if "device" not in given:
+        config = replace(config, device=device_to_go_on(stored.device))
+    device = find_device(config.device)
     source = open_source(config.input_path)
     step, schedule = content["step"], Plan(content["segments"], config.max_lr, config.warmup_pct)
     total = config.epochs * steps_per_epoch(config, len(source))
@@ -132,15 +137,24 @@ def restore(config: TrainConfig, given: Mapping[str, Any]) -> Job:
         method.load_state_dict(content["method_state"])
     except RuntimeError as error:
         raise InputError(f"the weights in {path} are of another shape: {one_line(error)}") from error
-    method.student.transform = ImageTransform.from_dict(content["encoders"]["student"]["transform"])
+    for name, encoder in method.encoders.items():
+        encoder.transform = ImageTransform.from_dict(content["encoders"][name]["transform"])
     return made_ready(Job(config, {}, source, method.to(device), schedule, device, step, content))
+
+
+def device_to_go_on(stored: str) -> str:
+    """The device of a resumed run: the checkpoint's where it is present, else the best one."""
+    if distributed.processes() > 1:
+        stored = stored.partition(":")[0]  # each process has its own
+    return stored if device_exists(stored) else find_device(None).type
 
 
 def merged(stored: TrainConfig, typed: TrainConfig, given: Mapping[str, Any], path: str) -> TrainConfig:
     """The checkpoint's configuration with what a resumed run may change taken from the typed options."""
     if typed.config:
         raise InputError("--config and --resume-checkpoint both bring a configuration; leave out --config")
-    changes = {n: getattr(typed, n) for n in given if n in MAY_DIFFER and getattr(typed, n) is not None}
+    changes = {n: default for n, default in defaults().items() if n in OF_THE_CALL}
+    changes |= {n: getattr(typed, n) for n in given if n in MAY_DIFFER and getattr(typed, n) is not None}
     for name in given:
         value, old = getattr(typed, name), getattr(stored, name)
         if name in MAY_DIFFER or name in ("batch_size", "grad_accum") or value in (old, None, "auto"):
@@ -149,8 +163,10 @@ def merged(stored: TrainConfig, typed: TrainConfig, given: Mapping[str, Any], pa
             changes[name] = value
             continue
         less = " (more epochs can be added, not fewer)" if name == "epochs" else ""
+        theirs = "none" if old in (None, ()) else " ".join(old) if name == "set" else old
+        typed_value = " ".join(value) if name == "set" else value
         raise InputError(
-            f"{flag(name)} {value} contradicts {path}, which has {old}{less}; leave it out to continue the run"
+            f"{flag(name)} {typed_value} contradicts {path}, which has {theirs}{less}; leave it out to continue the run"
         )
     changes |= slices(stored, typed, given)
     out = Path(path).resolve().parent
@@ -203,8 +219,8 @@ def made_ready(job: Job) -> Job:
     return job
 
 
-def build_encoder(config: TrainConfig) -> tuple[VisionTransformer, dict[str, Any]]:
-    """The timm model of `config` with its first weights, and the normalisation that these expect, if any."""
+def build_encoder(config: TrainConfig) -> tuple[VisionTransformer, checkpoint.Start]:
+    """The timm model of `config` with its first weights, and what else comes with these."""
     if config.model:
         size = {} if config.image_size is None else {"img_size": config.image_size}
         vit = build_vit(config.model, config.pretrained, proj_drop_rate=config.dropout, **size)
@@ -223,5 +239,5 @@ def build_encoder(config: TrainConfig) -> tuple[VisionTransformer, dict[str, Any
         return vit, checkpoint.load_weights(vit, config.init)
     if config.pretrained:
         about: Any = vit.pretrained_cfg
-        return vit, {name: tuple(about[name]) for name in ("mean", "std")}
-    return vit, {}
+        return vit, checkpoint.Start({name: tuple(about[name]) for name in ("mean", "std")})
+    return vit, checkpoint.Start()

@@ -4,8 +4,10 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,10 +26,15 @@ try:
 except ImportError:  # Windows has no flock
     fcntl = None
 
-COMMAND = "python -m data2vec_vision"
+PROGRAM = "python -m data2vec_vision"
 BAD_SHARE = 0.1  # a run fails when more than this share of the images cannot be read
 WARM_UP_STEPS = 3  # left out of the pace: the first steps allocate, compile, fill the loader
 LINE_SECONDS = 10  # at most one plain line in so many seconds
+
+
+def command(*words: object) -> str:
+    """A command of this tool as a shell takes it."""
+    return f"{PROGRAM} {shlex.join(str(word) for word in words)}"
 
 
 def say(text: str) -> None:
@@ -54,8 +61,9 @@ class RunFolder:
             newest = max(
                 (p for p in files if p.name.startswith("checkpoint")), key=lambda p: p.stat().st_mtime, default=None
             )
-            resume = f"continue it: {COMMAND} train --resume-checkpoint {newest}; or " if newest else ""
-            other = f"start another: {COMMAND} train ... --checkpoint-out-dir {_next_name(self.path)}"
+            resume = f"continue it: {command('train', '--resume-checkpoint', newest)}; or " if newest else ""
+            place = shlex.quote(str(_next_name(self.path)))
+            other = f"start another: {PROGRAM} train ... --checkpoint-out-dir {place}"
             raise InputError(f"{self.path} holds a run already; {resume}{other}")
 
     def make(self) -> None:
@@ -86,10 +94,12 @@ class RunFolder:
                 ) from None
             except OSError:
                 say(f"note: the file system of {self.path} has no locks; see that no other run writes there")
+        for leftover in self.path.glob(".*.tmp"):  # of a run that was killed while it wrote
+            leftover.unlink(missing_ok=True)
         with atomic_write(self.path / "config.json") as file:
             file.write(to_json(config).encode())
         metrics = self.path / "metrics.jsonl"
-        kept = [line for line in _complete_lines(metrics) if json.loads(line)["step"] <= step]
+        kept = [line for line in _complete_lines(metrics) if _step(line) <= step]
         with atomic_write(metrics) as file:
             file.write("".join(line + "\n" for line in kept).encode())
         self._metrics = open(metrics, "a", encoding="utf-8")
@@ -123,33 +133,48 @@ def _complete_lines(path: Path) -> list[str]:
     """The lines that were written whole; a kill may have torn the last one."""
     if not path.exists():
         return []
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    *lines, _ = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     return lines
 
 
-class BadFiles:
-    """The images that could not be read: counted, listed in bad_files.txt; beyond a share they end the run."""
+def _step(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite for a line that a failing disk has spoilt."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
-    def __init__(self, source: ImageFolder, folder: Path):
+
+class BadFiles:
+    """The images that could not be read: counted, listed in bad_files.txt; beyond a share they end the run.
+
+    A resumed run adds to the list, but only what it meets itself can end it: the user may have mended the rest.
+    """
+
+    def __init__(self, source: ImageFolder, folder: Path, resumed: bool):
         self.source, self.path = source, folder / "bad_files.txt"
-        self._names = {line.split("\t")[0] for line in _complete_lines(self.path)}
+        if not resumed and distributed.is_main():
+            self.path.unlink(missing_ok=True)  # of a run that failed before its first checkpoint
+        self._listed = {line.split("\t")[0] for line in _complete_lines(self.path)} if resumed else set()
+        self._met: set[int] = set()
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._listed)
 
     def add(self, bad: Mapping[int, str]) -> None:
         """Raises RunFailed when more than BAD_SHARE of all images have turned out unreadable."""
         for index, reason in bad.items():
+            self._met.add(index)
             name = self.source.name(index).replace("\t", " ").replace("\n", " ")
-            if name in self._names:
+            if name in self._listed:
                 continue
-            self._names.add(name)
+            self._listed.add(name)
             if distributed.is_main():
                 with open(self.path, "a", encoding="utf-8", errors="surrogateescape") as file:
                     file.write(f"{name}\t{reason}\n")
-        if len(self) > BAD_SHARE * len(self.source):
+        if len(self._met) > BAD_SHARE * len(self.source):
             raise RunFailed(
-                f"{len(self)} of {len(self.source):,} images cannot be read, more than {BAD_SHARE:.0%}; "
+                f"{len(self._met)} of {len(self.source):,} images cannot be read, more than {BAD_SHARE:.0%}; "
                 f"{self.path} lists them with the reasons: mend or remove them"
             )
 
@@ -204,8 +229,11 @@ class Progress:
 
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """Inside, SIGINT and SIGTERM are noted in the list; a second one acts at once."""
+    """Inside, SIGINT and SIGTERM are noted in the list; a second one acts at once. Other threads get no signals."""
     caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
 
     def note(number: int, frame: Any) -> None:
         caught.append(number)

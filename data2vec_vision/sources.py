@@ -111,9 +111,10 @@ def open_source(path: str | os.PathLike[str]) -> ImageFolder:
 def decode(file: BinaryIO) -> Image.Image:
     """The first frame of an image file, upright, in RGB, 8 bits a channel.
 
-    EXIF orientation is applied, transparency is laid over white, and 16-bit, 32-bit and float greys are
-    scaled to 8 bits, where Pillow's own conversion would clip them. Raises whatever Pillow raises for a
-    file that is damaged, truncated or too large.
+    EXIF orientation is applied and transparency is laid over white. Greys of more than 8 bits are scaled,
+    where Pillow's own conversion would clip them: 16 bits by their range of 65,536, 32 bits and floats by the
+    image's own range, unless 32 bits hold values that fit into 16. Raises whatever Pillow raises for a file
+    that is damaged, truncated or too large.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of metadata that does not matter; what cannot be decoded raises
@@ -125,11 +126,12 @@ def decode(file: BinaryIO) -> Image.Image:
     if image.mode.startswith("I;16"):
         return _grey(np.asarray(image, np.uint16) >> 8)
     if image.mode == "I":
-        return _grey(np.asarray(image).clip(0, 65535) >> 8)
+        pixels = np.asarray(image)
+        low, high = int(pixels.min()), int(pixels.max())
+        # Pillow has opened 16-bit PNGs in this mode too.
+        return _grey(pixels >> 8) if low >= 0 and high < 65536 else _stretched(pixels)
     if image.mode == "F":
-        pixels = np.nan_to_num(np.asarray(image))
-        low, high = float(pixels.min()), float(pixels.max())
-        return _grey((pixels - low) * (255 / max(high - low, 1e-12)))
+        return _stretched(np.nan_to_num(np.asarray(image)))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -137,8 +139,19 @@ def decode(file: BinaryIO) -> Image.Image:
     return image.convert("RGB")
 
 
+def _stretched(pixels: np.ndarray) -> Image.Image:
+    low, high = float(pixels.min()), float(pixels.max())
+    return _grey((pixels - low) * (255 / max(high - low, 1e-12)))
+
+
 def _grey(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8)).convert("RGB")
+
+
+def open_image(path: str | os.PathLike[str]) -> Image.Image:
+    """An image file as `train` and `extract` see it: upright, in RGB; see `decode`."""
+    with open(path, "rb") as file:
+        return decode(file)
 
 
 def read_image(source: ImageFolder, index: int) -> Image.Image | str:

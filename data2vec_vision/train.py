@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import math
 import signal
 import time
 import traceback
@@ -110,13 +111,14 @@ def clip_and_step(
 def train(config: TrainConfig, given: Mapping[str, Any] | None = None) -> Path:
     """Run, or with `config.resume_checkpoint` continue, a pretraining. Returns the folder of the run.
 
-    `given` are the settings that the user typed, by name: a resumed run checks them against its own.
+    `given` are the settings that the user typed, by name, else those that are not the defaults: a resumed
+    run checks them against its own.
     Raises InputError for input that cannot be used, RunFailed when the run cannot go on, and Stopped
     after a signal, when the run's state is saved.
     """
     if config.dry_run:
         raise InputError("a dry run trains nothing; call data2vec_vision.dry_run.dry_run instead")
-    typed = dict(given or {})
+    typed = {n: v for n, v in asdict(config).items() if v != getattr(TrainConfig, n)} if given is None else dict(given)
     job = restore(config, typed) if config.resume_checkpoint else prepare(config)
     folder = RunFolder(job.folder)
     if job.restored is None:
@@ -141,13 +143,14 @@ def watch(job: Job, folder: RunFolder) -> None:
     """Take all steps; log, show, save and stop in between."""
     config, total = job.config, job.schedule.total_steps
     optimizer, scaler = optimizer_and_scaler(job)
-    window, bad_files, progress = Window(job), BadFiles(job.source, folder.path), Progress(job.first_step, total)
+    window, progress = Window(job), Progress(job.first_step, total)
+    bad_files = BadFiles(job.source, folder.path, resumed=job.restored is not None)
     saved = time.monotonic()
     with caught_signals() as signals, contextlib.closing(progress):
         for step in training_steps(job, optimizer, scaler):
             left = progress.step(step.number)
             window.add(step)
-            bad_files.add(step.bad)
+            bad_files.add(distributed.union(step.bad))
             epoch = (step.number - 1) // job.steps_per_epoch
             if step.number % config.log_every == 0 or step.number == total:
                 record = {"step": step.number, "epoch": epoch, **window.read(step), "bad_files": len(bad_files)}
@@ -172,14 +175,22 @@ class Window:
 
     def __init__(self, job: Job):
         self.job = job
-        zero = torch.zeros((), device=job.device)
-        self._skipped, self._in_a_row = zero + (job.restored or {}).get("skipped", 0), zero
+        self._skipped = self._in_a_row = torch.zeros((), device=job.device)
         self._clear()
+        if job.restored is not None:
+            self._skipped = self._skipped + job.restored["skipped"]
+            window = {name: value.to(job.device) for name, value in job.restored["window"].items()}
+            self._in_a_row, self._used = window.pop("in a row"), window.pop("used")
+            self._sums.update(window)
 
     @property
     def skipped(self) -> int:
         """Steps skipped since the run began."""
         return int(self._skipped)
+
+    def state(self) -> dict[str, Tensor]:
+        """What the next line of metrics.jsonl is made of, for a checkpoint between two lines."""
+        return {"in a row": self._in_a_row, "used": self._used, **self._sums}
 
     def _clear(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -205,7 +216,8 @@ class Window:
             raise RunFailed(
                 f"no finite gradient in {in_a_row:.0f} steps; try a lower --max-lr or --precision fp32{go_on(self.job)}"
             )
-        values = {name: total / used if used else None for name, total in zip(self._sums, sums)}
+        means = {name: total / max(used, 1) for name, total in zip(self._sums, sums)}
+        values = {name: mean if used and math.isfinite(mean) else None for name, mean in means.items()}
         images = self._steps * self.job.config.images_a_step
         record = {
             **values,
@@ -293,6 +305,7 @@ def save(
                 "scaler": scaler.state_dict(),
                 "segments": job.schedule.segments,
                 "skipped": window.skipped,
+                "window": window.state(),
                 "n_images": len(job.source),
                 "fingerprint": job.source.fingerprint(),
                 "environment": job.environment(),

@@ -4,6 +4,7 @@ Shapes: B batch, H x W pixels, P patch side, S patches, K kept, Q queried, N pre
 token, registers), D width, L blocks.
 """
 
+import contextlib
 import difflib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -85,6 +86,11 @@ class MaskedVisionTransformer(nn.Module):
         for module in self.vit.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = fused
+
+    def start_mask_token(self, token: Tensor | None) -> None:
+        """Take over a learned mask token [1, 1, D], where both sides have one."""
+        if token is not None and self.mask_token is not None and token.shape == self.mask_token.shape:
+            self.mask_token.data.copy_(token)
 
     def forward(self, x: Tensor) -> Features:
         """Images [B, 3, H, W] or patch sequences [B, S, 3*P*P] -> features and all hidden states."""
@@ -250,8 +256,11 @@ def build_vit(model: str = DEFAULT_MODEL, pretrained: bool = False, **arguments:
     except (AssertionError, TypeError, ValueError, RuntimeError, OSError) as error:
         if pretrained:
             raise InputError(f"the pretrained weights of {model} cannot be loaded: {one_line(error)}") from error
-        with torch.device("meta"):
-            refuse_unmaskable(timm.create_model(model))
+        plain = None
+        with torch.device("meta"), contextlib.suppress(AssertionError, TypeError, ValueError, RuntimeError, OSError):
+            plain = timm.create_model(model)
+        if plain is not None:  # then the arguments are to blame, or parts that cannot be masked
+            refuse_unmaskable(plain)
         raise InputError(f"timm cannot build {model}: {one_line(error)}") from error
     return vit
 

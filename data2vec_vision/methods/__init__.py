@@ -4,6 +4,7 @@ import difflib
 import importlib
 import importlib.util
 import pkgutil
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -11,6 +12,8 @@ from data2vec_vision.config import flag
 from data2vec_vision.errors import InputError, one_line
 from data2vec_vision.knobs import knobs
 from data2vec_vision.methods.base import Method
+
+_files: set[str] = set()  # the modules that are files of the user's
 
 
 def names() -> list[str]:
@@ -37,7 +40,14 @@ def _import_file(path: Path) -> ModuleType:
         raise InputError(f"--method {path}: there is no such file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
+    other = importlib.util.find_spec(path.stem)
+    if other is not None and path.stem not in _files and other.origin != str(path.resolve()):
+        raise InputError(f"--method {path}: there is a module named {path.stem!r} already; rename the file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    _files.add(path.stem)
+    if (folder := str(path.parent.resolve())) not in sys.path:
+        sys.path.append(folder)  # so that worker processes find what they unpickle
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the user's file raises is the user's to read

@@ -75,13 +75,13 @@ class Method(nn.Module):
         self.student.pool = self.pool
         self.teacher: MaskedVisionTransformer | None = None
         self._after_step_called = False
-        self._backward_ran = False
+        self._at_backward: Tensor | None = None  # a copy of one parameter, before any optimizer step
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], map_location: Any = "cpu") -> MaskedVisionTransformer:
         """The encoder in a student file of this method, in eval mode, ready for `features, hidden_states = encoder(x)`.
 
-        Raises ValueError for a file that another method wrote, naming its class.
+        Raises ValueError for a file that another method wrote, naming that method.
         """
         encoder, content = load_encoder(path, map_location)
         ours = cls.__module__.rpartition(".")[2]
@@ -159,8 +159,8 @@ class Method(nn.Module):
         """Once, at the first forward after an optimizer step that `after_step` did not follow."""
         if self.teacher is None or self._after_step_called or torch.compiler.is_compiling() or not loss.requires_grad:
             return
-        first = next(p for p in self.parameters() if p.requires_grad)
-        if self._backward_ran and first.grad is None:  # gradients were there, and a step has cleared them
+        # Fused optimizers leave no mark on a parameter but its values.
+        if self._at_backward is not None and not torch.equal(self._last_trained(), self._at_backward):
             self._after_step_called = True
             warnings.warn(
                 f"the teacher of {type(self).__name__} has not moved: call after_step(progress) after each "
@@ -170,7 +170,11 @@ class Method(nn.Module):
         loss.register_hook(self._note_backward)
 
     def _note_backward(self, gradient: Tensor) -> None:
-        self._backward_ran = True
+        if self._at_backward is None:
+            self._at_backward = self._last_trained().clone()
+
+    def _last_trained(self) -> Tensor:
+        return [p for p in self.parameters() if p.requires_grad][-1].detach()
 
 
 def no_masks(generator: torch.Generator) -> dict[str, Tensor]:

@@ -104,11 +104,11 @@ class Data2Vec(Method):
     def training_step(self, views: list[Tensor], masks: dict[str, Tensor]) -> Output:
         target = self.target(views[0], masks["query"])
         encoded = self.student.encode(views[0], query=masks["query"])
-        prediction = self.regressor(take(encoded.tokens, masks["query"])).float()
+        prediction = at_least_fp32(self.regressor(take(encoded.tokens, masks["query"])))
         loss = F.smooth_l1_loss(prediction, target, beta=self.config.beta)
         logs = {
-            "target_std": target.std(dim=(0, 1)).mean(),
-            "prediction_std": prediction.detach().std(dim=(0, 1)).mean(),
+            "target_std": target.std(dim=(0, 1), unbiased=False).mean(),
+            "prediction_std": prediction.detach().std(dim=(0, 1), unbiased=False).mean(),
         }
         return Output(
             loss, encoded.tokens.detach().mean(dim=1), logs, {"prediction": prediction, "target": target, **masks}
@@ -118,11 +118,11 @@ class Data2Vec(Method):
     def target(self, images: Tensor, query: Tensor) -> Tensor:
         """y = LN((1 / K) sum over the top K blocks of norm(h)), of the unmasked images, at the hidden patches.
 
-        images [B, 3, H, W], query [B, Q] -> float32 [B, Q, D].
+        images [B, 3, H, W], query [B, Q] -> [B, Q, D] in at least fp32.
         """
         hidden = self.teacher.encode(images, hidden=self.top_blocks, output=self.config.target_output).hidden
         norm = instance_norm if self.config.target_norm == "instance" else layer_norm
-        mean = torch.stack([norm(h.float()) for h in hidden]).mean(dim=0)
+        mean = torch.stack([norm(at_least_fp32(h)) for h in hidden]).mean(dim=0)
         return layer_norm(take(mean, query))
 
     def after_step(self, progress: float) -> None:
@@ -132,6 +132,10 @@ class Data2Vec(Method):
     def scheduled(self, progress: float) -> dict[str, float]:
         c = self.config
         return {"tau": linear_ramp(progress, c.tau_initial, c.tau_end, c.tau_increase_pct)}
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def layer_norm(x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """2,000 Fashion-MNIST images (Zalando SE, MIT licence) in ten class folders, to try the tool on."""
 
+import shlex
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -37,5 +38,5 @@ def write_samples(directory: str, wanted: Callable[[str], bool] = lambda name: T
     small = "--image-size 28 --patch-size 7 --hidden-dim 128 --n-encoders 4"
     return (
         f"Wrote {len(chosen):,} images of {classes} classes to {directory}.\n"
-        f"Next: python -m data2vec_vision train {directory} {small}"
+        f"Next: python -m data2vec_vision train {shlex.quote(directory)} {small}"
     )

@@ -32,3 +32,11 @@ def test_the_demo_keeps_out_of_other_folders(tmp_path):
     with pytest.raises(InputError, match="holds other files"):
         demo(str(tmp_path / "mine"))
     assert (tmp_path / "mine" / "thesis.txt").exists()
+    (tmp_path / "project" / "images").mkdir(parents=True)
+    (tmp_path / "project" / "run").mkdir()
+    (tmp_path / "project" / "run" / "thesis.txt").write_text("x")
+    with pytest.raises(InputError, match="holds other files"):
+        demo(str(tmp_path / "project"))
+    assert (tmp_path / "project" / "run" / "thesis.txt").exists()
+    with pytest.raises(InputError, match="holds other files"):
+        demo(str(tmp_path / "mine" / "thesis.txt"))

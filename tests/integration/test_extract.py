@@ -1,13 +1,16 @@
 """`extract`: features in the order of the paths, whatever the workers and the batch, from every kind of file."""
 
+import contextlib
 import os
+import time
 import tracemalloc
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, start
 from PIL import Image
 
 import data2vec_vision as d2v
@@ -94,8 +97,25 @@ def test_paths_are_written_in_chunks(cli, images, student, monkeypatch):
     assert np.load("f.npz")["paths"].tolist() == by_hand(images, student)[0]
 
 
-def test_memory_does_not_grow_with_the_number_of_images(student, images):
-    """Python's and numpy's peak for ten times the images grows by their names, not by their features of 1.8 MB."""
+def test_memory_does_not_grow_with_the_number_of_images(student, images, monkeypatch):
+    """Python's and numpy's peak for ten times the images grows by their names, not by their features of 1.8 MB.
+
+    Torch's memory is not in that peak, so the feature tensors alive are counted.
+    """
+    alive, most, original = weakref.WeakSet(), [], extract_module.feature_function
+
+    def feature_function(*args):
+        compute = original(*args)
+
+        def counted(pixels):
+            features = compute(pixels)
+            alive.add(features)
+            most.append(len(alive))
+            return features
+
+        return counted
+
+    monkeypatch.setattr(extract_module, "feature_function", feature_function)
     one = sorted(images.rglob("*.png"))[0]
     for folder, count in (("few", 96), ("many", 960)):
         Path(folder).mkdir()
@@ -111,6 +131,7 @@ def test_memory_does_not_grow_with_the_number_of_images(student, images):
 
     peak("few")
     assert peak("many") < peak("few") + 200_000
+    assert len(most) > 240 and max(most) <= 2
 
 
 def test_nothing_half_written_is_left_behind(cli, images, student, monkeypatch):
@@ -122,6 +143,33 @@ def test_nothing_half_written_is_left_behind(cli, images, student, monkeypatch):
     code, _, err = cli("extract", student, images, "--output", "f.npz")
     assert code == 1 and "No space left on device" in err and "make room" in err
     assert Path("f.npz").read_text() == "precious" and not list(Path().glob(".f*"))
+
+
+def is_writing(pid):
+    """Whether the process has begun with its features: the temporary file of an .npz has no name."""
+    for link in Path(f"/proc/{pid}/fd").glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            name = os.readlink(link)
+            if str(Path.cwd()) in name and ("(deleted)" in name or ".npy" in name):
+                return True
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="looks into /proc")
+@pytest.mark.parametrize("output", ["f.npz", "f.npy"])
+def test_a_terminated_extract_leaves_nothing(student, images, output):
+    one = sorted(images.rglob("*.png"))[0]
+    Path("many").mkdir()
+    for n in range(20_000):
+        os.link(one, f"many/{n:05}.png")
+    run = start("extract", student, "many", "--output", output, "--workers", 1)
+    deadline = time.monotonic() + 60
+    while not is_writing(run.pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    run.terminate()
+    out, _ = run.communicate(timeout=30)
+    assert run.returncode == 143 and out.splitlines()[-1] == "Stopped; nothing was written", out
+    assert not list(Path().glob("*.np*")) and not list(Path().glob(".f*"))
 
 
 def test_what_cannot_be_used_is_refused(refused, cli, images, student):
@@ -142,3 +190,19 @@ def test_what_cannot_be_used_is_refused(refused, cli, images, student):
     ):
         assert message in refused("extract", *arguments)
     assert not Path("f.npz").exists()
+
+
+def test_an_image_from_a_camera_held_sideways_has_the_same_features_in_python(cli, student):
+    """`open_image` sees what `extract` sees: upright, and transparency over white."""
+    Path("odd").mkdir()
+    rng = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(rng.integers(0, 255, (20, 30, 3), np.uint8)).save("odd/a.jpg", exif=exif)
+    Image.fromarray(rng.integers(0, 255, (20, 30, 4), np.uint8), "RGBA").save("odd/b.png")
+    cli("extract", student, "odd", "--output", "f.npz")
+    model = d2v.load(student)
+    for name, features in zip(("odd/a.jpg", "odd/b.png"), np.load("f.npz")["features"], strict=True):
+        with torch.no_grad():
+            ours = model.embed(model.transform(d2v.open_image(name)).unsqueeze(0))[0]
+        torch.testing.assert_close(torch.from_numpy(features), ours, rtol=1e-4, atol=1e-5)

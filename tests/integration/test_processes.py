@@ -7,6 +7,9 @@ import sys
 import pytest
 from conftest import TINY, metrics
 
+from data2vec_vision import device, plan
+from data2vec_vision.errors import InputError
+
 
 def torchrun(count, *arguments):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
@@ -34,3 +37,27 @@ def test_an_error_in_the_arguments_is_told_once(images):
     run = torchrun(2, "train", images, *TINY, "--batch-size", 3)
     assert run.returncode != 0
     assert run.stderr.count("Error: --batch-size 3 cannot be shared by 2 processes; use a multiple of 2") == 1
+
+
+def test_a_bad_file_that_another_process_meets_is_counted_and_listed(images):
+    for path in sorted(images.rglob("*.*"))[:2]:
+        path.write_text("no image")
+    run = torchrun(2, "train", images, *TINY, "--epochs", 1, "--checkpoint-out-dir", "two")
+    assert run.returncode == 0, run.stderr
+    assert metrics("two")[-1]["bad_files"] == 2 and "2 images could not be read" in run.stdout
+    assert len(open("two/bad_files.txt").readlines()) == 2
+
+
+def test_each_process_finds_its_own_device_again(images, monkeypatch):
+    """A run writes which kind of device it had, so that a resumed process takes its own and not the first one's."""
+    monkeypatch.setattr(device, "devices", lambda: ["cpu", "cuda", "cuda:0", "cuda:1"])
+    assert plan.device_to_go_on("cuda:1") == "cuda:1"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert plan.device_to_go_on("cuda:1") == plan.device_to_go_on("cuda") == "cuda"
+    with pytest.raises(InputError, match="each process has its own; use --device cuda"):
+        device.find_device("cuda:1")
+
+
+def test_a_dry_run_takes_one_process(images):
+    run = torchrun(2, "train", images, *TINY, "--dry-run")
+    assert run.stderr.count("Error: a dry run takes one process") == 1

@@ -12,7 +12,12 @@ import pytest
 import torch
 from conftest import TINY, metrics, same_state, start, state
 
+import data2vec_vision as d2v
 from data2vec_vision import train
+from data2vec_vision.config import TrainConfig
+from data2vec_vision.errors import InputError
+from data2vec_vision.methods.data2vec import Data2Vec
+from data2vec_vision.plan import prepare
 
 EPOCHS = ["--epochs", 4]
 UNTIMED = ("images_per_second", "data_wait")
@@ -95,6 +100,7 @@ def test_other_slices_with_the_same_images_a_step_continue_the_same_run(cli, who
     assert code == 0 and "4 images a step = 2 passes of 2" in out, err
     for a, b in zip(metrics("stopped"), metrics("whole"), strict=True):
         assert a["lr"] == b["lr"] and a["tau"] == b["tau"] and a["epoch"] == b["epoch"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.05)  # dropout differs
 
 
 def test_the_folder_of_images_may_move(cli, images, whole, stopped):
@@ -121,7 +127,7 @@ def test_restored_are_weights_teacher_optimizer_and_schedule(stopped):
         (["--epochs", 3], "which has 4 (more epochs can be added, not fewer)"),
         (["--batch-size", 3], "--batch-size times --grad-accum must stay that number"),
         (["--batch-size", 4, "--grad-accum", 2], "the run has 4 images a step"),
-        (["--set", "crop_min=0.5"], "--set"),
+        (["--set", "crop_min=0.5"], "--set crop_min=0.5 contradicts stopped/checkpoint_last.pt, which has none"),
         (["--checkpoint-out-dir", "other"], "--checkpoint-out-dir contradicts --resume-checkpoint"),
         (["--config", "stopped/config.json"], "leave out --config"),
     ],
@@ -192,3 +198,122 @@ def test_other_files_are_refused(refused, stopped, images):
     for path, message in (("text.pt", "text.pt"), ("missing.pt", "there is no file missing.pt"),
                           ("stopped", "is a folder"), ("shape.pt", "of another shape")):  # fmt: skip
         assert message in refused("train", "--resume-checkpoint", path)
+
+
+def test_a_line_of_the_metrics_that_spans_the_stop_is_whole(cli, images):
+    options = [*TINY, *EPOCHS, "--log-every", 4]
+    cli("train", images, *options, "--checkpoint-out-dir", "whole")
+    with signal_after(9, signal.SIGTERM):
+        cli("train", images, *options, "--checkpoint-out-dir", "stopped")
+    cli("train", "--resume-checkpoint", LAST)
+    assert [line["step"] for line in metrics("stopped")] == [4, 8, 12, 16, 20, 24]
+    assert untimed(metrics("stopped")) == untimed(metrics("whole"))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_other_precisions_continue_bit_for_bit_too(cli, images, precision):
+    """With fp16 the scale of the loss doubles every second step here, so it must be restored; one step is skipped."""
+    original = torch.amp.GradScaler
+
+    def scaler(device, enabled):
+        return original(device, init_scale=2.0**4, growth_interval=2, enabled=enabled)
+
+    spoil = Data2Vec.training_step
+
+    def training_step(self, views, masks):
+        out = spoil(self, views, masks)
+        self.steps = getattr(self, "steps", 0) + 1
+        return out._replace(loss=out.loss * float("nan")) if self.steps == 3 else out
+
+    options = [*TINY, *EPOCHS, "--precision", precision]
+    with mock.patch.object(train.torch.amp, "GradScaler", scaler):
+        with mock.patch.object(Data2Vec, "training_step", training_step):
+            cli("train", images, *options, "--checkpoint-out-dir", "whole")
+            with signal_after(9, signal.SIGTERM):
+                cli("train", images, *options, "--checkpoint-out-dir", "stopped")
+        code, _, err = cli("train", "--resume-checkpoint", LAST)
+    assert code == 0, err
+    assert same_state("whole/checkpoint_3.pt", "stopped/checkpoint_3.pt")
+    assert untimed(metrics("stopped")) == untimed(metrics("whole")) and metrics("whole")[-1]["skipped"] == 1
+    ours, theirs = (torch.load(f"{f}/checkpoint_3.pt", weights_only=True) for f in ("whole", "stopped"))
+    assert ours["scaler"] == theirs["scaler"] and ours["skipped"] == theirs["skipped"] == 1
+    if precision == "fp16":
+        assert ours["scaler"]["scale"] > 2.0**5
+
+
+def test_a_tau_that_is_more_than_the_rule_gives_can_be_typed_and_resumed(cli, images):
+    options = [*TINY, *EPOCHS, "--tau-initial", 0.999, "--checkpoint-out-dir", "stopped"]
+    with signal_after(9, signal.SIGTERM):
+        _, out, _ = cli("train", images, *options)
+    assert "--tau-end 0.999 (as --tau-initial" in out
+    assert cli("train", "--resume-checkpoint", LAST)[0] == 0
+    assert {line["tau"] for line in metrics("stopped")} == {0.999}
+
+
+def test_changed_images_are_allowed_for_one_call_only(cli, refused, images, stopped):
+    extra = next(images.rglob("*.png"))
+    shutil.copy(extra, images / "extra.png")
+    with signal_after(12, signal.SIGTERM):
+        assert cli("train", "--resume-checkpoint", LAST, "--allow-changed-images")[0] == 143
+    shutil.copy(extra, images / "another.png")
+    assert "25 images then, 26 now" in refused("train", "--resume-checkpoint", LAST)
+
+
+def test_both_encoders_keep_the_normalisation_of_the_weights_they_start_from(cli, images, whole):
+    content = torch.load("whole/student_3.pt", weights_only=True)
+    content["transform"] |= {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+    torch.save(content, "other.pt")
+    with signal_after(9, signal.SIGTERM):
+        cli("train", images, *TINY, *EPOCHS, "--init", "other.pt", "--save-every", 1, "--checkpoint-out-dir", "stopped")
+    cli("train", "--resume-checkpoint", LAST)
+    for path in ("student_0.pt", "teacher_0.pt", "student_3.pt", "teacher_3.pt"):
+        assert d2v.load(f"stopped/{path}").transform.mean == (0.5, 0.5, 0.5), path
+
+
+def test_a_run_may_start_from_a_training_checkpoint_with_its_mask_token(images, whole):
+    content = torch.load("whole/student_3.pt", weights_only=True)
+    for path in ("whole/student_3.pt", "whole/checkpoint_3.pt"):
+        config = TrainConfig(input_path=str(images), image_size=16, patch_size=4, hidden_dim=32, n_heads=2, n_encoders=2,
+                             init=path)  # fmt: skip
+        method = prepare(config).method
+        for encoder in method.encoders.values():
+            assert torch.equal(encoder.mask_token, content["mask_token"])
+            assert torch.equal(encoder.vit.norm.weight, content["state_dict"]["norm.weight"])
+
+
+def test_a_library_call_checks_what_differs_from_the_defaults(images, stopped):
+    with pytest.raises(InputError, match="--epochs 2 contradicts"):
+        train.train(TrainConfig(resume_checkpoint=LAST, epochs=2))
+    train.train(TrainConfig(resume_checkpoint=LAST, epochs=5))
+    assert metrics("stopped")[-1]["step"] == 30
+
+
+def test_what_a_killed_write_left_and_spoilt_lines_are_cleared_away(cli, stopped):
+    Path("stopped/.checkpoint_last.pt.123.tmp").write_bytes(b"half")
+    with open("stopped/metrics.jsonl", "a") as file:
+        file.write("no json\n[1]\n")
+    code, _, err = cli("train", "--resume-checkpoint", LAST)
+    assert code == 0, err
+    assert not list(Path("stopped").glob(".*.tmp")) and len(metrics("stopped")) == 24
+
+
+def test_bad_files_that_were_mended_do_not_end_the_run_that_goes_on(cli, images):
+    """Two of 24 are allowed. One with a name that is no Unicode is among them."""
+    paths = sorted(images.rglob("*.png"))
+    odd = os.fsencode(images) + b"/\xff.png"
+    os.rename(paths[0], odd)
+    kept = Path(os.fsdecode(odd)).read_bytes()
+    for path in (odd, paths[1]):
+        with open(path, "wb") as file:
+            file.write(b"no image")
+    with signal_after(9, signal.SIGTERM):
+        cli("train", images, *TINY, *EPOCHS, "--checkpoint-out-dir", "stopped")
+    assert len(Path("stopped/bad_files.txt").read_bytes().splitlines()) == 2
+    for path in (odd, paths[1]):
+        with open(path, "wb") as file:
+            file.write(kept)
+    for path in paths[2:4]:
+        path.write_bytes(b"no image")
+    code, _, err = cli("train", "--resume-checkpoint", LAST)
+    assert code == 0, err
+    assert len(Path("stopped/bad_files.txt").read_bytes().splitlines()) == 4

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 import traceback
@@ -200,6 +201,19 @@ def test_a_method_of_ones_own_in_a_file(cli, images, tmp_path):
     cli("train", images, *TINY, "--epochs", 1, "--checkpoint-out-dir", "b")
     assert metrics("a")[0]["loss"] == pytest.approx(2 * metrics("b")[0]["loss"], rel=1e-5)
     assert d2v.load("a/student_0.pt").embed_dim == 32
+
+
+def test_the_time_of_a_dry_run_of_one_step_is_the_time_of_a_step(cli, images):
+    _, out, _ = cli("train", images, *TINY, "--batch-size", 64, "--epochs", 1, "--dry-run")
+    assert "1 epoch of 1 step = 1 step\n" in out
+    assert 0 < float(re.search(r"([\d.]+) s a step", out)[1]) < 60
+
+
+def test_a_dry_run_refuses_what_the_run_would(cli, refused, images):
+    cli("train", images, *TINY, "--epochs", 1, "--checkpoint-out-dir", "a")
+    assert "a holds a run already" in refused("train", images, *TINY, "--dry-run", "--checkpoint-out-dir", "a")
+    assert not Path("a/views.png").exists()
+    assert cli("train", "--resume-checkpoint", "a/checkpoint_0.pt", "--epochs", 2, "--dry-run")[0] == 0
 
 
 def test_a_dry_run_trains_nothing_and_shows_what_it_would(cli, images):

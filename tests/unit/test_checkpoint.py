@@ -3,7 +3,9 @@
 import os
 import pickle
 import threading
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -132,12 +134,17 @@ def test_readers_of_a_file_being_replaced_see_the_old_or_the_new_one(tmp_path):
     assert seen == {(100_000, 1)}
 
 
+def training(step):
+    """What a training checkpoint must have, of a run that has done so many steps."""
+    return dict.fromkeys(checkpoint.CONTENT[checkpoint.TRAINING], 0) | {"step": step}
+
+
 def test_the_checkpoint_of_an_epoch_stays_when_the_last_one_moves_on(tmp_path):
-    checkpoint.save_training(tmp_path, 4, {"step": 1})
-    checkpoint.save_training(tmp_path, None, {"step": 2})
+    checkpoint.save_training(tmp_path, 4, training(1))
+    checkpoint.save_training(tmp_path, None, training(2))
     assert checkpoint.read_training(tmp_path / "checkpoint_4.pt")["step"] == 1
     assert checkpoint.read_training(tmp_path / "checkpoint_last.pt")["step"] == 2
-    checkpoint.save_training(tmp_path, 4, {"step": 3})
+    checkpoint.save_training(tmp_path, 4, training(3))
     assert checkpoint.read_training(tmp_path / "checkpoint_4.pt")["step"] == 3
     assert sorted(os.listdir(tmp_path)) == ["checkpoint_4.pt", "checkpoint_last.pt"]
 
@@ -147,7 +154,7 @@ def test_on_a_file_system_without_links_the_checkpoint_is_written_twice(tmp_path
         raise OSError("no links here")
 
     monkeypatch.setattr(os, "link", no_links)
-    checkpoint.save_training(tmp_path, 4, {"step": 1})
+    checkpoint.save_training(tmp_path, 4, training(1))
     assert checkpoint.read_training(tmp_path / "checkpoint_4.pt")["step"] == 1
 
 
@@ -168,10 +175,14 @@ def test_init_starts_from_weights(student, tiny_vit, tmp_path, kind):
         torch.save({"model": weights}, path)
     for arguments in ({}, {"global_pool": "avg"}):
         vit = tiny_vit(img_size=24, **arguments)
-        normalization = checkpoint.load_weights(vit, path)
+        start = checkpoint.load_weights(vit, path)
         assert torch.equal(vit.blocks[1].mlp.fc1.weight, encoder.vit.blocks[1].mlp.fc1.weight)
         assert vit.pos_embed.shape == (1, 37, 32)
-        assert normalization == ({"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)} if kind == "student" else {})
+        if kind == "student":
+            assert start.normalization == {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+            assert torch.equal(start.mask_token, encoder.mask_token)
+        else:
+            assert start == checkpoint.Start({}, None)
 
 
 def test_init_of_another_architecture_is_refused_by_the_first_misfit(student, tiny_vit, tmp_path):
@@ -185,3 +196,32 @@ def test_init_of_another_architecture_is_refused_by_the_first_misfit(student, ti
     (tmp_path / "bad.safetensors").write_text("hello")
     with pytest.raises(InputError, match="cannot be read as safetensors"):
         checkpoint.load_weights(tiny_vit(), tmp_path / "bad.safetensors")
+
+
+def test_a_damaged_file_is_refused_whatever_its_bytes(student, tmp_path):
+    """Cut anywhere, or with bytes overwritten: each is an InputError, or loads because the bytes were padding."""
+    whole = bytearray(Path(student[1]).read_bytes())
+    rng, refused = np.random.default_rng(0), 0
+    for n in range(60):
+        data = bytearray(whole)
+        if n < 20:
+            data = data[: rng.integers(len(data))]
+        else:
+            for at in rng.integers(0, len(data), 200):
+                data[at] = rng.integers(256)
+        (tmp_path / "damaged.pt").write_bytes(data)
+        try:
+            checkpoint.load(tmp_path / "damaged.pt")
+        except InputError:
+            refused += 1
+    assert refused >= 20
+
+
+@pytest.mark.parametrize("kind", [checkpoint.STUDENT, checkpoint.TRAINING])
+def test_a_file_that_lacks_something_names_it(tmp_path, kind):
+    torch.save({"format": kind, "version": 1, "method": "data2vec"}, tmp_path / "a.pt")
+    with pytest.raises(InputError, match="is damaged: it lacks"):
+        checkpoint.load(tmp_path / "a.pt")
+    torch.save({"format": kind, "version": 99}, tmp_path / "a.pt")
+    with pytest.raises(InputError, match="written by a newer version"):
+        checkpoint.load(tmp_path / "a.pt")

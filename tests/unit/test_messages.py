@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import re
 from pathlib import Path
 
 import pytest
@@ -32,10 +33,22 @@ def test_unused_gpus_are_pointed_out(job, monkeypatch):
 
 def test_a_long_run_on_a_cpu_gets_a_smaller_setting_with_its_time(job):
     assert messages.advice_if_long(job, 3600) == ""
-    big = dataclasses.replace(job, config=dataclasses.replace(job.config, epochs=100))
+    big = prepare(TrainConfig(input_path=job.config.input_path, epochs=100, device="cpu"))
     text = messages.advice_if_long(big, 50 * 3600)
     assert text.startswith("That is long for a CPU. About ") and "\n" not in text
+    hours = re.search(r"About (?:(\d+) h )?(\d+) min", text)
+    assert int(hours[1] or 0) < 2 and "instead of --model" not in text
+    named = dataclasses.replace(big, config=dataclasses.replace(big.config, model="vit_small_patch16_224"))
+    assert messages.advice_if_long(named, 50 * 3600) == text + " instead of --model"
     assert messages.advice_if_long(dataclasses.replace(big, device=torch.device("cuda")), 50 * 3600) == ""
+
+
+def test_a_run_that_no_smaller_setting_makes_short_is_told_so(job):
+    """This run's model is smaller than all that could be proposed."""
+    text = messages.advice_if_long(
+        dataclasses.replace(job, config=dataclasses.replace(job.config, epochs=1)), 30 * 3600
+    )
+    assert text.startswith("That is long for a CPU, and so would be every smaller setting") and "About" not in text
 
 
 def test_the_time_of_the_smaller_setting_follows_from_the_multiplications():
