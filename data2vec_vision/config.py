@@ -83,7 +83,7 @@ class TrainConfig:
     dry_run: bool = _output(False, "Print the plan with time and memory, draw example views, train nothing.")
 
     device: str | None = _machine(None, "cpu, cuda, cuda:1, mps, ...", metavar="NAME", auto="the best present")
-    precision: str = _machine("auto", "Of the forward pass; weights are fp32.", choices=("auto", "bf16", "fp16", "fp32"))
+    precision: str = _machine("auto", "Of the forward pass; weights are fp32.", choices=("auto", "bf16", "fp16", "fp32"), auto="from the device")
     compile: bool = _machine(False, "Compile the model with torch.compile.")
     workers: int | None = _machine(None, "Processes that read images; 0: none beside the main one.", "[0, inf)", auto="from the cores")
     debug: bool = _machine(False, "Show the traceback of an error.")
@@ -126,6 +126,8 @@ def field_type(name: str) -> type:
 
 def check_interval(name: str, value: float, within: str) -> None:
     """Raises InputError unless `value` lies in `within`, such as "(0, 1]"; names what to give instead."""
+    if not math.isfinite(value):
+        raise InputError(f"{name} must be a finite number, got {value}")
     low, high = (float(end) for end in within[1:-1].split(","))
     above = value > low if within[0] == "(" else value >= low
     below = value < high if within[-1] == ")" else value <= high

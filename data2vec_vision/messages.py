@@ -37,11 +37,12 @@ def describe(job: Job) -> str:
     S, rows, columns = method.student.grid[0] * method.student.grid[1], *method.student.grid
     model = config.model or f"ViT {config.hidden_dim} x {config.n_encoders}, {plural(config.n_heads, 'head', 'heads')}"
     parameters = sum(p.numel() for p in method.student.vit.parameters())
+    millions = f"{parameters / 1e6:.1f} M" if parameters > 1e5 else f"{parameters:,}"
     share = config.batch_size // distributed.processes()
     each = f" of {share} each" if distributed.processes() > 1 else ""
     lines = [
         ("Images", f"{len(job.source):,} in {config.input_path} ({suffixes(job.source)})"),
-        ("Model", f"{model}, {parameters / 1e6:.1f} M parameters"),
+        ("Model", f"{model}, {millions} parameters"),
         ("Input", f"{config.image_size} px in {rows} x {columns} = {S} patches of {method.student.patch_size} px"),
         ("Method", f"{config.method}: {method.describe()}"),
         ("Step", f"{G} images a step = {plural(config.grad_accum, 'pass', 'passes')} of {config.batch_size}, "

@@ -25,6 +25,8 @@ from data2vec_vision.__main__ import main
         (["--n-heads", 5], "--n-heads 5 does not divide --hidden-dim 32"),
         (["--model", "vit_tiny_patch16_224"], "has sizes of its own; leave out --patch-size and --hidden-dim"),
         (["--epochs", 0], "--epochs must be at least 1"),
+        (["--max-lr", "inf"], "--max-lr must be a finite number, got inf"),
+        (["--max-lr", "nan"], "--max-lr must be a finite number, got nan"),
         (["--epochs", "many"], "'many' is not a valid integer"),
         (["--epoch", 3], "--epochs"),
         (["--method", "data3vec"], "there is no method 'data3vec'; did you mean data2vec?"),

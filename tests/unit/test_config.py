@@ -101,7 +101,7 @@ def test_tau_is_sane_for_runs_of_any_length(n_images, epochs):
         ({"tau_initial": 0.9, "tau_end": 0.5}, "--tau-end 0.5 is below --tau-initial 0.9"),
         ({"dropout": 1.0}, "--dropout must be between 0 and 1, 1 excluded"),
         ({"max_lr": 0.0}, "--max-lr must be more than 0"),
-        ({"max_lr": float("nan")}, "--max-lr must be more than 0"),
+        ({"max_lr": float("nan")}, "--max-lr must be a finite number"),
         ({"epochs": 0}, "--epochs must be at least 1"),
         ({"batch_size": -4}, "--batch-size must be at least 1"),
         ({"image_size": 30}, "--image-size 30 is not divisible by --patch-size 16; use --image-size 32"),
