@@ -8,7 +8,9 @@ import pytest
 from conftest import TINY, metrics
 
 from data2vec_vision import device, plan
+from data2vec_vision.data import Stream
 from data2vec_vision.errors import InputError
+from data2vec_vision.sources import open_source
 
 
 def torchrun(count, *arguments):
@@ -40,8 +42,9 @@ def test_an_error_in_the_arguments_is_told_once(images):
 
 
 def test_a_bad_file_that_another_process_meets_is_counted_and_listed(images):
-    for path in sorted(images.rglob("*.*"))[:2]:
-        path.write_text("no image")
+    source, stream = open_source(images), Stream(24, seed=0)
+    for position in (2, 3):  # of the first step: the second process's share
+        (images / source.name(stream.image(position))).write_text("no image")
     run = torchrun(2, "train", images, *TINY, "--epochs", 1, "--checkpoint-out-dir", "two")
     assert run.returncode == 0, run.stderr
     assert metrics("two")[-1]["bad_files"] == 2 and "2 images could not be read" in run.stdout
