@@ -141,6 +141,8 @@ def advice_if_long(job: Job, left: float) -> str:
     config, vit = job.config, job.method.student
     now = cost(vit.grid[0] * vit.grid[1], vit.embed_dim, vit.depth) * config.epochs
     for image_size, patch_size, width, depth, epochs in SMALLER:
+        if image_size > config.image_size:  # nobody wants small images blown up
+            image_size, patch_size = config.image_size, vit.patch_size
         epochs = min(epochs, config.epochs)
         time_then = left * cost((image_size // patch_size) ** 2, width, depth) * epochs / now
         if time_then < LONG_ON_CPU:

@@ -43,6 +43,12 @@ def test_a_long_run_on_a_cpu_gets_a_smaller_setting_with_its_time(job):
     assert messages.advice_if_long(dataclasses.replace(big, device=torch.device("cuda")), 50 * 3600) == ""
 
 
+def test_small_images_are_not_blown_up(job):
+    icons = prepare(TrainConfig(input_path=job.config.input_path, image_size=32, patch_size=4, device="cpu"))
+    text = messages.advice_if_long(icons, 20 * 3600)
+    assert "--image-size 32 --patch-size 4 --hidden-dim" in text
+
+
 def test_a_run_that_no_smaller_setting_makes_short_is_told_so(job):
     """This run's model is smaller than all that could be proposed."""
     text = messages.advice_if_long(
