@@ -38,8 +38,8 @@ SETTINGS: dict[str, Any] = {
     "batch_size": 32,
     "epochs": 60,
     "max_lr": 5e-4,
-    "tau_initial": 0.99,
-    "tau_end": 0.999,
+    "tau_initial": 0.999,
+    "tau_end": 0.9998,
     "set": ("crop_min=1", "flip=0", "color_jitter=0"),
 }
 
