@@ -162,7 +162,7 @@ def sample(directory: str) -> None:
 @click.argument("directory", default="demo")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of everything random.")
 def demo(directory: str, seed: int) -> None:
-    """Train on the images that come with the package and show what was learned, in 3 minutes on 2 cores."""
+    """Train on the images that come with the package and show what was learned, in 2 minutes on 2 cores."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from data2vec_vision.demo import demo
 

@@ -193,8 +193,9 @@ def load_weights(vit: VisionTransformer, path: str | os.PathLike[str]) -> Start:
     Raises InputError, naming the first misfit, when the weights are of another architecture.
     """
     content = read_safetensors(path) if str(path).endswith(".safetensors") else read(path)
-    if content.get("format") == TRAINING:
+    if content.get("format") in CONTENT:
         check_content(path, content)
+    if content.get("format") == TRAINING:
         content = content["encoders"]["student"]
     weights = content.get("state_dict", content.get("model", content))
     try:

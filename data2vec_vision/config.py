@@ -116,6 +116,11 @@ def defaults() -> dict[str, Any]:
     return {name: field.default for name, field in fields().items()}
 
 
+def not_default(config: TrainConfig) -> dict[str, Any]:
+    """What somebody who built `config` in Python may be taken to have said."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if value != getattr(TrainConfig, name)}
+
+
 def field_type(name: str) -> type:
     """The type of an option's value, leaving out the None of `auto`."""
     hint = get_type_hints(TrainConfig)[name]
@@ -275,8 +280,8 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, dict[str, s
         if (config.tau_initial or 0) > last:
             last, why = config.tau_initial, "as --tau-initial, which is more than the rule gives"
         fill("tau_end", last, why)
-        first = min(values.get("tau_end", config.tau_end), 1 - 1 / max(memory / 10, 2))
-        fill("tau_initial", round(first, 6), "a tenth of that memory at first")
+        first = min(values.get("tau_end", config.tau_end), round(1 - 1 / max(memory / 10, 2), 6))
+        fill("tau_initial", first, "a tenth of that memory at first")
     if "max_lr_at_256" in facts.recipe:
         lr = facts.recipe["max_lr_at_256"] * math.sqrt(config.images_a_step / 256)
         fill("max_lr", float(f"{lr:.2g}"), f"{facts.recipe['max_lr_at_256']:g} x root of {config.images_a_step} / 256")

@@ -61,7 +61,7 @@ def cores() -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """The device with what it is, for people: "cpu (2 cores)", "cuda:0 (NVIDIA H200)"."""
+    """The device with what it is, for people: "cpu (2 cores)", "cuda:0 (NVIDIA A100)"."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     if device.type == "cpu":

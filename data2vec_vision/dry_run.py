@@ -12,7 +12,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from data2vec_vision import distributed
 from data2vec_vision.checkpoint import atomic_write
-from data2vec_vision.config import TrainConfig
+from data2vec_vision.config import TrainConfig, not_default
 from data2vec_vision.data import Stream, StreamDataset
 from data2vec_vision.device import peak_memory
 from data2vec_vision.errors import InputError
@@ -33,7 +33,8 @@ def dry_run(config: TrainConfig, given: Mapping[str, Any] | None = None) -> Path
     """
     if distributed.processes() > 1:
         raise InputError(f"a dry run takes one process: {PROGRAM} train ... --dry-run")
-    job = restore(config, given or {}) if config.resume_checkpoint else prepare(config)
+    typed = not_default(config) if given is None else given
+    job = restore(config, typed) if config.resume_checkpoint else prepare(config)
     folder = RunFolder(job.folder)
     if job.restored is None:
         folder.refuse_if_used()

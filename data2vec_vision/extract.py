@@ -26,6 +26,7 @@ from data2vec_vision.transforms import ImageTransform
 from data2vec_vision.vit import MaskedVisionTransformer
 
 NPY_HEADER = 128  # bytes: room for any shape, so that the number of rows can be filled in at the end
+STOPPED = "Stopped; nothing was written"
 CHUNK = 65536  # paths written at a time
 
 
@@ -47,7 +48,7 @@ def extract(
     forward slashes. .npy: the features alone, the paths beside it in <name>.paths.txt, one a line
     (a line feed in a name is written as \\n). Images
     that cannot be read are left out and listed in <name>.bad_files.txt. Raises InputError, RunFailed when the disk
-    does not take the features, and Stopped after a signal; then nothing is written.
+    does not take the features, and Stopped after a signal before the last image; then nothing is written.
     """
     target = check_output(output)
     where = find_device(device)
@@ -75,6 +76,8 @@ def extract(
             if rows == 0:
                 reason = next(iter(bad.values()))
                 raise InputError(f"none of the {len(source):,} images in {input_path} can be read; the first: {reason}")
+            if signals:
+                raise Stopped(signals[0], STOPPED)
             if target.suffix == ".npz":
                 write_npz(target, npy, source, bad)
             else:
@@ -175,7 +178,7 @@ def write_features(
     with tqdm(total=total, unit="image", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
         for pixels, unreadable in loader:
             if signals:
-                raise Stopped(signals[0], "Stopped; nothing was written")
+                raise Stopped(signals[0], STOPPED)
             bad |= unreadable
             if pixels is not None:
                 npy.write(compute(pixels).numpy().astype("<f4", copy=False).tobytes())

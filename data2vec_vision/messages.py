@@ -64,7 +64,7 @@ def describe(job: Job) -> str:
         if changed := changed_environment(job):
             lines.append(("Note", f"{changed}: the run continues, but not bit for bit"))
     needed, free = disk_needed(job), disk_free(job.folder)
-    lines.append(("Files", f"{job.folder}, {size(needed)} in all, {size(free)} free"))
+    lines.append(("Files", f"{job.folder}, {size(needed)} to write, {size(free)} free"))
     if needed > free:
         lines.append(("Note", "that is not enough room: make some, or give a larger --save-every"))
     gpus = torch.cuda.device_count() if job.device.type == "cuda" else 0
@@ -87,12 +87,13 @@ def suffixes(source: ImageFolder) -> str:
 
 
 def disk_needed(job: Job) -> int:
-    """Bytes of all files that the run will write: fp32 weights, and AdamW's two moments of what is trained."""
+    """Bytes of all files that the run has yet to write: fp32 weights, and AdamW's two moments of what is trained."""
     encoder = sum(p.numel() for p in job.method.student.parameters())
     trained = sum(p.numel() for p in job.method.parameters() if p.requires_grad)
     everything = sum(t.numel() for t in job.method.state_dict().values())
     encoders = 1 if job.method.teacher is None else 2
-    return 4 * (len(job.saved_epochs) * (encoders * encoder + everything + 2 * trained) + everything + 2 * trained)
+    still = sum((e + 1) * job.steps_per_epoch > job.first_step for e in job.saved_epochs)
+    return 4 * (still * (encoders * encoder + everything + 2 * trained) + everything + 2 * trained)
 
 
 def disk_free(folder: Path) -> int:

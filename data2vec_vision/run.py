@@ -94,14 +94,15 @@ class RunFolder:
                 ) from None
             except OSError:
                 say(f"note: the file system of {self.path} has no locks; see that no other run writes there")
-        for leftover in self.path.glob(".*.tmp"):  # of a run that was killed while it wrote
-            leftover.unlink(missing_ok=True)
+        for pattern in (".*.pt.*.tmp", ".checkpoint_*.pt.tmp", ".config.json.*.tmp", ".metrics.jsonl.*.tmp"):
+            for leftover in self.path.glob(pattern):  # of a run that was killed while it wrote
+                leftover.unlink(missing_ok=True)
         with atomic_write(self.path / "config.json") as file:
             file.write(to_json(config).encode())
         metrics = self.path / "metrics.jsonl"
         kept = [line for line in _complete_lines(metrics) if _step(line) <= step]
         with atomic_write(metrics) as file:
-            file.write("".join(line + "\n" for line in kept).encode())
+            file.write("".join(line + "\n" for line in kept).encode("utf-8", "surrogateescape"))
         self._metrics = open(metrics, "a", encoding="utf-8")
 
     def log(self, record: dict[str, Any]) -> None:
@@ -140,7 +141,7 @@ def _complete_lines(path: Path) -> list[str]:
 def _step(line: str) -> float:
     """The step of a line of metrics.jsonl; infinite for a line that a failing disk has spoilt."""
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
         return math.inf
 

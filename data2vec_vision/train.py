@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data2vec_vision import checkpoint, distributed
-from data2vec_vision.config import TrainConfig
+from data2vec_vision.config import TrainConfig, not_default
 from data2vec_vision.data import Batch, MicroBatches, Stream, StreamDataset, make_loader
 from data2vec_vision.errors import InputError, RunFailed, Stopped, one_line
 from data2vec_vision.messages import describe, estimate, failure, farewell, go_on
@@ -118,7 +118,7 @@ def train(config: TrainConfig, given: Mapping[str, Any] | None = None) -> Path:
     """
     if config.dry_run:
         raise InputError("a dry run trains nothing; call data2vec_vision.dry_run.dry_run instead")
-    typed = {n: v for n, v in asdict(config).items() if v != getattr(TrainConfig, n)} if given is None else dict(given)
+    typed = not_default(config) if given is None else dict(given)
     job = restore(config, typed) if config.resume_checkpoint else prepare(config)
     folder = RunFolder(job.folder)
     if job.restored is None:
@@ -175,22 +175,23 @@ class Window:
 
     def __init__(self, job: Job):
         self.job = job
-        self._skipped = self._in_a_row = torch.zeros((), device=job.device)
+        self._skipped = self._in_a_row = self._used = torch.zeros((), device=job.device)
         self._clear()
         if job.restored is not None:
             self._skipped = self._skipped + job.restored["skipped"]
-            window = {name: value.to(job.device) for name, value in job.restored["window"].items()}
-            self._in_a_row, self._used = window.pop("in a row"), window.pop("used")
-            self._sums.update(window)
+            window = job.restored["window"]
+            self._in_a_row, self._used = self._in_a_row + window["in_a_row"], self._used + window["used"]
+            self._sums.update({name: total.to(job.device) for name, total in window["sums"].items()})
 
     @property
     def skipped(self) -> int:
         """Steps skipped since the run began."""
         return int(self._skipped)
 
-    def state(self) -> dict[str, Tensor]:
-        """What the next line of metrics.jsonl is made of, for a checkpoint between two lines."""
-        return {"in a row": self._in_a_row, "used": self._used, **self._sums}
+    def state(self) -> dict[str, Any]:
+        """What the next line of metrics.jsonl is made of, for a checkpoint between two lines; asks all processes."""
+        sums = {name: distributed.mean(total.clone()) for name, total in self._sums.items()}
+        return {"in_a_row": float(self._in_a_row), "used": float(self._used), "sums": sums}
 
     def _clear(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -286,6 +287,7 @@ def save(
 
     Raises RunFailed when the disk does not take them; what was written before is intact.
     """
+    open_window = window.state()
     if not distributed.is_main():
         return
     config, folder = asdict(job.config), job.folder
@@ -305,7 +307,7 @@ def save(
                 "scaler": scaler.state_dict(),
                 "segments": job.schedule.segments,
                 "skipped": window.skipped,
-                "window": window.state(),
+                "window": open_window,
                 "n_images": len(job.source),
                 "fingerprint": job.source.fingerprint(),
                 "environment": job.environment(),

@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import importlib.util
+import os
 import pkgutil
 import sys
 from pathlib import Path
@@ -40,8 +41,10 @@ def _import_file(path: Path) -> ModuleType:
         raise InputError(f"--method {path}: there is no such file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
-    other = importlib.util.find_spec(path.stem)
-    if other is not None and path.stem not in _files and other.origin != str(path.resolve()):
+    if not path.stem.isidentifier():
+        raise InputError(f"--method {path}: {path.stem!r} cannot be the name of a module; rename the file")
+    other = None if path.stem in _files else importlib.util.find_spec(path.stem)
+    if other is not None and other.origin is not None and os.path.realpath(other.origin) != os.path.realpath(path):
         raise InputError(f"--method {path}: there is a module named {path.stem!r} already; rename the file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module

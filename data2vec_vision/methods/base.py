@@ -160,7 +160,8 @@ class Method(nn.Module):
         if self.teacher is None or self._after_step_called or torch.compiler.is_compiling() or not loss.requires_grad:
             return
         # Fused optimizers leave no mark on a parameter but its values.
-        if self._at_backward is not None and not torch.equal(self._last_trained(), self._at_backward):
+        now, then = self._last_trained(), self._at_backward
+        if then is not None and then.device == now.device and not torch.equal(now, then):
             self._after_step_called = True
             warnings.warn(
                 f"the teacher of {type(self).__name__} has not moved: call after_step(progress) after each "

@@ -211,6 +211,8 @@ def test_a_method_in_a_file_of_its_own_has_knobs_and_works_in_workers(cli, refus
     arguments = ["train", images, *TINY, *options, "--workers", 1, "--checkpoint-out-dir", "b"]
     run = subprocess.run([sys.executable, "spawned.py", *map(str, arguments)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+    (tmp_path / "my.method.py").write_text("x = 1\n")
+    assert "'my.method' cannot be the name of a module" in refused("train", images, *TINY, "--method", "my.method.py")
     (tmp_path / "json.py").write_text("x = 1\n")
     assert "there is a module named 'json' already; rename the file" in refused(
         "train", images, *TINY, "--method", "json.py"

@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY, metrics
 
 from data2vec_vision import device, plan
@@ -64,3 +66,34 @@ def test_each_process_finds_its_own_device_again(images, monkeypatch):
 def test_a_dry_run_takes_one_process(images):
     run = torchrun(2, "train", images, *TINY, "--dry-run")
     assert run.stderr.count("Error: a dry run takes one process") == 1
+
+
+def test_a_line_that_spans_a_stop_of_two_processes_is_whole(images):
+    """The first checkpoint is written after every step, so the run is resumed from step 9 of 12, between two lines."""
+    options = [*TINY, "--epochs", 2, "--log-every", 6, "--save-every", 1]
+    assert torchrun(2, "train", images, *options, "--checkpoint-out-dir", "whole").returncode == 0
+    options += ["--checkpoint-minutes", 1e-6, "--method", "slow.py"]
+    Path("slow.py").write_text(
+        "import os, signal\n"
+        "from data2vec_vision.methods.data2vec import Data2Vec\n"
+        "class Slow(Data2Vec):\n"
+        '    """Gets a SIGTERM in its ninth step."""\n'
+        "    calls = 0\n"
+        "    def training_step(self, views, masks):\n"
+        "        self.calls += 1\n"
+        "        if self.calls == 9 and not os.environ.get('CALM'):\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        return super().training_step(views, masks)\n"
+    )
+    torchrun(2, "train", images, *options, "--checkpoint-out-dir", "stopped")
+    assert torch.load("stopped/checkpoint_last.pt", weights_only=True)["step"] == 9
+    os.environ["CALM"] = "1"
+    try:
+        run = torchrun(2, "train", "--resume-checkpoint", "stopped/checkpoint_last.pt")
+    finally:
+        del os.environ["CALM"]
+    assert run.returncode == 0, run.stderr
+    for one, two in zip(metrics("whole"), metrics("stopped"), strict=True):
+        assert one["step"] == two["step"]
+        for name in ("loss", "target_std", "prediction_std"):
+            assert two[name] == pytest.approx(one[name], rel=1e-5)

@@ -72,6 +72,11 @@ def test_the_file_tree_names_every_file():
     assert missing == []
 
 
+def test_nothing_is_left_to_be_filled_in():
+    for name in ("README.md", "benchmarks/RESULTS.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        assert not re.search(r"@[A-Z]+@|<!--|TODO", (ROOT / name).read_text()), name
+
+
 def test_pictures_exist():
     for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
         assert (ROOT / path).is_file(), path

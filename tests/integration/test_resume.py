@@ -290,11 +290,12 @@ def test_a_library_call_checks_what_differs_from_the_defaults(images, stopped):
 
 def test_what_a_killed_write_left_and_spoilt_lines_are_cleared_away(cli, stopped):
     Path("stopped/.checkpoint_last.pt.123.tmp").write_bytes(b"half")
-    with open("stopped/metrics.jsonl", "a") as file:
-        file.write("no json\n[1]\n")
+    Path("stopped/.notes.tmp").write_text("the user's own")
+    with open("stopped/metrics.jsonl", "a", errors="surrogateescape") as file:
+        file.write('no json\n[1]\n{"step": null}\n{"step": 10, "lo\udcff": 1}\n')
     code, _, err = cli("train", "--resume-checkpoint", LAST)
     assert code == 0, err
-    assert not list(Path("stopped").glob(".*.tmp")) and len(metrics("stopped")) == 24
+    assert [p.name for p in Path("stopped").glob(".*.tmp")] == [".notes.tmp"] and len(metrics("stopped")) == 24
 
 
 def test_bad_files_that_were_mended_do_not_end_the_run_that_goes_on(cli, images):

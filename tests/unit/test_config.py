@@ -57,6 +57,15 @@ def test_help_is_short_grouped_and_begins_with_an_example():
     assert text.index("train photos/") < text.index("Images:")
 
 
+def test_every_typed_tau_end_has_an_initial_below_it():
+    for n_images in (300, 10_000, 1_300_000):
+        for last in (0.5, 0.9, 1 - 1 / 300, 0.99999, 1.0):
+            config, _ = resolve(TrainConfig(input_path="x", tau_end=last), replace(FACTS, n_images=n_images))
+            check(config)
+            config, _ = resolve(TrainConfig(input_path="x", tau_initial=last), replace(FACTS, n_images=n_images))
+            check(config)
+
+
 def test_defaults_suit_10000_images_and_one_gpu():
     config, reasons = resolve(TrainConfig(input_path="some/photos"), FACTS)
     check(config)
