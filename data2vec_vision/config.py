@@ -111,11 +111,6 @@ def fields() -> dict[str, dataclasses.Field]:
     return {f.name: f for f in dataclasses.fields(TrainConfig) if f.metadata}
 
 
-def defaults() -> dict[str, Any]:
-    """The value of every option that is not typed."""
-    return {name: field.default for name, field in fields().items()}
-
-
 def not_default(config: TrainConfig) -> dict[str, Any]:
     """What somebody who built `config` in Python may be taken to have said."""
     return {name: value for name, value in dataclasses.asdict(config).items() if value != getattr(TrainConfig, name)}

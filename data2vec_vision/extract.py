@@ -46,9 +46,9 @@ def extract(
 
     .npz: `features` float32 [N, D], or [N, S, D] with the pool "patch", and `paths` [N], relative, with
     forward slashes. .npy: the features alone, the paths beside it in <name>.paths.txt, one a line
-    (a line feed in a name is written as \\n). Images
-    that cannot be read are left out and listed in <name>.bad_files.txt. Raises InputError, RunFailed when the disk
-    does not take the features, and Stopped after a signal before the last image; then nothing is written.
+    (a line feed in a name is written as \\n). Images that cannot be read are left out and listed in
+    <name>.bad_files.txt. Raises InputError, RunFailed when the disk does not take the features, and Stopped
+    after a signal before the last image; then nothing is written.
     """
     target = check_output(output)
     where = find_device(device)

@@ -15,7 +15,6 @@ from data2vec_vision.config import (
     TrainConfig,
     check,
     default_heads,
-    defaults,
     flag,
     from_json,
     resolve,
@@ -153,7 +152,7 @@ def merged(stored: TrainConfig, typed: TrainConfig, given: Mapping[str, Any], pa
     """The checkpoint's configuration with what a resumed run may change taken from the typed options."""
     if typed.config:
         raise InputError("--config and --resume-checkpoint both bring a configuration; leave out --config")
-    changes = {n: default for n, default in defaults().items() if n in OF_THE_CALL}
+    changes = {n: getattr(TrainConfig, n) for n in OF_THE_CALL}
     changes |= {n: getattr(typed, n) for n in given if n in MAY_DIFFER and getattr(typed, n) is not None}
     for name in given:
         value, old = getattr(typed, name), getattr(stored, name)

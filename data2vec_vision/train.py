@@ -159,8 +159,9 @@ def watch(job: Job, folder: RunFolder) -> None:
             if step.number == job.first_step + ESTIMATE_AFTER and step.number < total:
                 say(estimate(job, left))
             stop = distributed.any_process(bool(signals))
+            due = distributed.any_process(time.monotonic() - saved > 60 * config.checkpoint_minutes)  # clocks differ
             epoch_to_save = epoch if step.number % job.steps_per_epoch == 0 and epoch in job.saved_epochs else None
-            if epoch_to_save is not None or stop or time.monotonic() - saved > 60 * config.checkpoint_minutes:
+            if epoch_to_save is not None or stop or due:
                 save(job, optimizer, scaler, window, step.number, epoch_to_save)
                 saved = time.monotonic()
             if stop and step.number < total:

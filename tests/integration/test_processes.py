@@ -97,3 +97,24 @@ def test_a_line_that_spans_a_stop_of_two_processes_is_whole(images):
         assert one["step"] == two["step"]
         for name in ("loss", "target_std", "prediction_std"):
             assert two[name] == pytest.approx(one[name], rel=1e-5)
+
+
+def test_processes_whose_clocks_differ_save_together(images):
+    """Saving asks all processes, so the one whose ten minutes are not over must come along."""
+    Path("clocks.py").write_text(
+        "import os, time, types\n"
+        "from data2vec_vision import train\n"
+        "from data2vec_vision.methods.data2vec import Data2Vec\n"
+        "class Clocks(Data2Vec):\n"
+        '    """For the second process time stands still."""\n'
+        "if os.environ['RANK'] == '1':\n"
+        "    train.time = types.SimpleNamespace(monotonic=lambda: 0.0, perf_counter=time.perf_counter)\n"
+    )
+    options = [*TINY, "--epochs", 2, "--log-every", 5, "--checkpoint-minutes", 1e-6, "--method", "clocks.py"]
+    run = torchrun(2, "train", images, *options, "--checkpoint-out-dir", "two")
+    assert run.returncode == 0, run.stderr
+    assert (
+        torchrun(2, "train", images, *TINY, "--epochs", 2, "--log-every", 5, "--checkpoint-out-dir", "calm").returncode
+        == 0
+    )
+    assert [line["loss"] for line in metrics("two")] == [line["loss"] for line in metrics("calm")]
