@@ -11,10 +11,16 @@ __version__ = "0.1.0"
 _MODULES = ("transforms",)
 _NAMES = {
     "Data2Vec": "methods.data2vec",
+    "Data2Vec2": "methods.data2vec2",
+    "MSN": "methods.msn",
+    "SwAV": "methods.swav",
+    "MAE": "methods.mae",
+    "IJEPA": "methods.ijepa",
     "Method": "methods.base",
     "Output": "methods.base",
     "knob": "knobs",
     "MaskedVisionTransformer": "vit",
+    "MaskedVisionTransformerDecoder": "decoder",
     "Features": "vit",
     "load": "checkpoint",
     "open_image": "sources",

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data2vec_vision.masking import MaskSampler
+from data2vec_vision.masking import MaskSampler, stack_masks
 from data2vec_vision.seeding import derive, generator, seeded
 from data2vec_vision.sources import ImageFolder, read_image
 from data2vec_vision.transforms import ViewTransform
@@ -93,15 +93,18 @@ class Batch:
 class StreamDataset(Dataset):
     """(position, image) -> Sample. An unreadable image is replaced by a function of its index."""
 
-    def __init__(self, source: ImageFolder, views: ViewTransform, masks: MaskSampler, seed: int):
-        self.source, self.views, self.masks, self.seed = source, views, masks, seed
+    def __init__(self, source: ImageFolder, views: ViewTransform, masks: MaskSampler, seed: int, images_a_step: int):
+        self.source, self.views, self.masks = source, views, masks
+        self.seed, self.images_a_step = seed, images_a_step
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         position, index = key
         image, bad = self.readable(index)
         with seeded(self.seed, "views", position), one_thread():
             views = self.views(image)
-        return Sample(views, self.masks(generator(self.seed, "masks", position)), bad)
+        step = position // self.images_a_step
+        masks = self.masks(generator(self.seed, "masks", position), generator(self.seed, "masks of step", step))
+        return Sample(views, masks, bad)
 
     def readable(self, index: int) -> tuple[Image.Image, dict[int, str]]:
         """Image `index` or the replacement for it, and the unreadable images met, with the reasons."""
@@ -130,7 +133,7 @@ def one_thread() -> Iterator[None]:
 def collate(samples: list[Sample]) -> Batch:
     return Batch(
         [torch.stack(views) for views in zip(*(s.views for s in samples))],
-        {name: torch.stack([s.masks[name] for s in samples]) for name in samples[0].masks},
+        stack_masks([s.masks for s in samples]),
         {index: reason for s in samples for index, reason in s.bad.items()},
     )
 

@@ -8,7 +8,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce as all_reduce_with_gradient
 
 
 def processes() -> int:
@@ -49,6 +50,57 @@ def mean(values: Tensor) -> Tensor:
         dist.all_reduce(values)
         values = values / processes()
     return values
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum of `values` over the processes."""
+    if dist.is_initialized():
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def mean_with_gradient(values: Tensor) -> Tensor:
+    """The mean of `values` over the processes, through which a gradient flows back to each of them."""
+    return all_reduce_with_gradient(values) / processes() if dist.is_initialized() else values
+
+
+def logsumexp(values: Tensor) -> Tensor:
+    """log of the sum of exp(values) over the rows of all processes: [B, K] -> [1, K]."""
+    if not dist.is_initialized():
+        return values.logsumexp(dim=0, keepdim=True)
+    largest = values.amax(dim=0, keepdim=True)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest + total((values - largest).exp().sum(dim=0, keepdim=True)).log()
+
+
+def gather(rows: Tensor) -> Tensor:
+    """The rows of all processes, in the order of their numbers: [B, ...] -> [B * processes, ...]."""
+    if not dist.is_initialized():
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(processes())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch norm over the rows [B, C] of all processes, always with the statistics of the present batch.
+
+    On any device, unlike nn.SyncBatchNorm, and differentiable across processes. It keeps no running
+    statistics: heads are thrown away after training, and a teacher's head normalises its own batch.
+    """
+
+    def __init__(self, num_features: int):
+        super().__init__(num_features, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not dist.is_initialized():
+            return super().forward(x)
+        values = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = mean_with_gradient(values.mean(dim=0))
+        variance = mean_with_gradient((values - mean).square().mean(dim=0))
+        normal = (values - mean) * torch.rsqrt(variance + self.eps)
+        return (normal * self.weight + self.bias).to(x.dtype)
 
 
 def union(found: dict[int, str]) -> dict[int, str]:

@@ -64,7 +64,7 @@ def dry_run(config: TrainConfig, given: Mapping[str, Any] | None = None) -> Path
 
 def seconds_to_load(job: Job) -> float:
     """Seconds that one process takes for one image: read, decode, make views and masks."""
-    dataset = StreamDataset(job.source, job.method.views(), job.method.masks(), job.config.seed)
+    dataset = example_dataset(job)
     stream = Stream(len(job.source), job.config.seed)
     count = min(64, 4 * len(job.source))
     _ = dataset[0, stream.image(0)]
@@ -90,9 +90,14 @@ def seconds_to_compute(job: Job) -> float:
     return seconds
 
 
+def example_dataset(job: Job) -> StreamDataset:
+    config = job.config
+    return StreamDataset(job.source, job.method.views(), job.method.masks(), config.seed, config.images_a_step)
+
+
 def draw_views(job: Job) -> Image.Image:
     """A row an image: the image, its views, and for a method with masks the first view as the student sees it."""
-    dataset = StreamDataset(job.source, job.method.views(), job.method.masks(), job.config.seed)
+    dataset = example_dataset(job)
     stream = Stream(len(job.source), job.config.seed)
     rows: list[list[Tile]] = []
     for position in range(min(EXAMPLES, len(job.source))):

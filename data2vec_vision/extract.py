@@ -60,7 +60,7 @@ def extract(
     if layer is not None and (pool or model.pool) == "cls":
         raise InputError("--layer gives patch tokens; use it with --pool mean or --pool patch")
     source = open_source(input_path)
-    width = [model.grid[0] * model.grid[1], model.embed_dim] if pool == "patch" else [model.embed_dim]
+    width = [model.n_patches, model.embed_dim] if pool == "patch" else [model.embed_dim]
     free, needed = shutil.disk_usage(target.parent).free, 4 * len(source) * int(np.prod(width))
     if needed * (2 if target.suffix == ".npz" else 1) > free:
         raise InputError(f"the features take {size(needed)}, but {target.parent} has only {size(free)} free")

@@ -7,10 +7,12 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-# One image's masks: index tensors by name.
-MaskSampler = Callable[[torch.Generator], dict[str, Tensor]]
+from data2vec_vision.errors import InputError
+
+# One image's masks, index tensors by name, from its own generator and one that is the same for all images of a step.
+MaskSampler = Callable[[Generator, Generator], dict[str, Tensor]]
 
 # Bao et al. 2021 (BEiT), section 2.3: at least 16 of the 196 patches a block, aspect ratio 0.3 to 1/0.3.
 MIN_BLOCK_SHARE = 16 / 196
@@ -18,7 +20,38 @@ LOG_ASPECT = math.log(0.3), math.log(1 / 0.3)
 ATTEMPTS = 10
 
 
-def block_mask(grid: tuple[int, int], n_masked: int, generator: torch.Generator | None = None) -> Tensor:
+def no_masks(generator: Generator, shared: Generator) -> dict[str, Tensor]:
+    """For a method that hides nothing."""
+    return {}
+
+
+def stack_masks(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The masks of images, each a dict of tensors, as a batch's; what differs in length is cut to the shortest."""
+    masks = {}
+    for name in samples[0]:
+        shortest = min(len(sample[name]) for sample in samples)
+        masks[name] = torch.stack([sample[name][:shortest] for sample in samples])
+    return masks
+
+
+def share(ratio: float, S: int) -> int:
+    """`ratio` of S patches as a whole number in [1, S - 1]; rounded, because 0.2 * 5 is not quite one."""
+    return min(max(round(ratio * S), 1), S - 1)
+
+
+def random_keep(S: int, n_keep: int, generator: Generator | None = None) -> Tensor:
+    """`n_keep` of S patches, each set as likely as any other (MAE, section 3): int64 [n_keep]."""
+    return torch.randperm(S, generator=generator)[:n_keep].sort().values
+
+
+def others(index: Tensor, S: int) -> Tensor:
+    """The patches of [0, S) that are not in `index`."""
+    rest = torch.ones(S, dtype=torch.bool)
+    rest[index] = False
+    return rest.nonzero().squeeze(1)
+
+
+def block_mask(grid: tuple[int, int], n_masked: int, generator: Generator | None = None) -> Tensor:
     """Block-wise mask of exactly `n_masked` patches of a grid of (rows, columns): int64 [n_masked].
 
     Rectangles of random area, aspect ratio and place are masked until `n_masked` patches are
@@ -58,3 +91,138 @@ def block_mask(grid: tuple[int, int], n_masked: int, generator: torch.Generator 
         order = torch.randperm(len(free), generator=generator)[: n_masked - count]
         flat[free[order]] = True
     return flat.nonzero().squeeze(1)
+
+
+def inverse_block_mask(
+    grid: tuple[int, int], n_keep: int, generator: Generator | None = None, adjust: float = 0.07, side: int = 3
+) -> Tensor:
+    """What is left visible by data2vec 2.0's inverse block masking: int64 [n_keep] patches, in blocks.
+
+    Squares of `side` x `side` patches around random centres are kept, as many as fill `n_keep` and a
+    share `adjust` of the grid more, since they overlap and are cut at the border; then single random
+    patches are dropped or added until exactly `n_keep` are (Baevski et al. 2023, section 3.2). On a
+    small grid a single square would be most of what is kept: there the squares get smaller, until
+    there are two of them at least.
+    """
+    rows, columns = grid
+    S = rows * columns
+    wanted = n_keep + adjust * S
+    while side > 1 and wanted < 2 * side**2:
+        side -= 1
+    centres = torch.randint(S, (int(wanted / side**2),), generator=generator).tolist()
+    kept = torch.zeros(rows, columns, dtype=torch.bool)
+    for centre in centres:
+        top, left = centre // columns - side // 2, centre % columns - side // 2
+        kept[max(top, 0) : top + side, max(left, 0) : left + side] = True
+    flat = kept.flatten()
+    inside, outside = flat.nonzero().squeeze(1), (~flat).nonzero().squeeze(1)
+    surplus = len(inside) - n_keep
+    if surplus > 0:
+        flat[inside[torch.randperm(len(inside), generator=generator)[:surplus]]] = False
+    elif surplus < 0:
+        flat[outside[torch.randperm(len(outside), generator=generator)[:-surplus]]] = True
+    return flat.nonzero().squeeze(1)
+
+
+# Assran et al. 2023 (I-JEPA), section 4 and appendix A.1: shares of the grid, and height / width.
+TARGET_SCALE, TARGET_ASPECT, CONTEXT_SCALE = (0.15, 0.2), (0.75, 1.5), (0.85, 1.0)
+PLACES = 200  # tried for an image's blocks
+
+
+def multiblock(
+    grid: tuple[int, int],
+    n_targets: int,
+    n_context: int,
+    generator: Generator,
+    shared: Generator,
+    target_scale: tuple[float, float] = TARGET_SCALE,
+    context_scale: tuple[float, float] = CONTEXT_SCALE,
+) -> tuple[Tensor, Tensor]:
+    """I-JEPA's multi-block masks: context int64 [n_context], targets int64 [n_targets, block].
+
+    The sizes of the target and context blocks come from `shared`, so that all images of a step have
+    the same; the places from `generator`. Target blocks may overlap each other. The context is a random
+    `n_context` of the patches that lie in the context block and in no target.
+
+    Unlike the official sampler (`multiblock_official`) blocks can lie anywhere, the last row and column
+    included; scale and aspect are drawn apart; and the context does not depend on which images share a batch.
+    Raises InputError when the targets leave fewer than `n_context` patches wherever they are put.
+    """
+    rows, columns = grid
+    u = torch.rand(3, generator=shared, dtype=torch.float64).tolist()
+    area = rows * columns * (target_scale[0] + u[0] * (target_scale[1] - target_scale[0]))
+    aspect = TARGET_ASPECT[0] + u[1] * (TARGET_ASPECT[1] - TARGET_ASPECT[0])
+    target_size = fitted(math.sqrt(area * aspect), rows), fitted(math.sqrt(area / aspect), columns)
+    side = math.sqrt(context_scale[0] + u[2] * (context_scale[1] - context_scale[0]))
+    context_size = fitted(rows * side, rows), fitted(columns * side, columns)
+
+    def block(size: tuple[int, int]) -> Tensor:
+        """Indices of a block at a random place, as [height, width]."""
+        top, left = (
+            int(torch.randint(n - length + 1, (), generator=generator)) for n, length in zip(grid, size, strict=True)
+        )
+        return torch.arange(rows * columns).view(grid)[top : top + size[0], left : left + size[1]]
+
+    for _ in range(PLACES):
+        targets = torch.stack([block(target_size).flatten() for _ in range(n_targets)])
+        eligible = torch.zeros(rows * columns, dtype=torch.bool)
+        eligible[block(context_size).flatten()] = True
+        eligible[targets.flatten()] = False
+        context = eligible.nonzero().squeeze(1)
+        if len(context) >= n_context:
+            chosen = torch.randperm(len(context), generator=generator)[:n_context].sort().values
+            return context[chosen], targets
+    raise InputError(
+        f"{n_targets} target blocks of {target_size[0]} x {target_size[1]} leave no room for a context of {n_context} "
+        f"of the {rows} x {columns} patches"
+    )
+
+
+def fitted(length: float, longest: int) -> int:
+    """A side of a block in whole patches, in [1, longest]."""
+    return min(max(round(length), 1), longest)
+
+
+def multiblock_official(
+    grid: tuple[int, int], n_targets: int, generator: Generator, shared: Generator
+) -> tuple[Tensor, Tensor]:
+    """I-JEPA's masks as its published code draws them: context int64 [any], targets int64 [n_targets, block].
+
+    One random number sets scale and aspect of the targets, no block touches the last row or column (nor
+    has the size of the grid), and a context that keeps too few patches forgets the targets one by
+    one. The contexts of a batch differ in length: they are cut to the shortest, from the end.
+    """
+    rows, columns = grid
+    S = rows * columns
+    least = max(1, round(10 / 196 * S))  # ten patches of 14 x 14
+    u = torch.rand(1, generator=shared).item()
+    area = int(S * (TARGET_SCALE[0] + u * (TARGET_SCALE[1] - TARGET_SCALE[0])))
+    aspect = TARGET_ASPECT[0] + u * (TARGET_ASPECT[1] - TARGET_ASPECT[0])
+    target_size = shrunk(math.sqrt(area * aspect), rows), shrunk(math.sqrt(area / aspect), columns)
+    v = torch.rand(1, generator=shared).item()
+    area = int(S * (CONTEXT_SCALE[0] + v * (CONTEXT_SCALE[1] - CONTEXT_SCALE[0])))
+    context_size = shrunk(math.sqrt(area), rows), shrunk(math.sqrt(area), columns)
+
+    def block(size: tuple[int, int]) -> Tensor:
+        top = int(torch.randint(0, rows - size[0], (1,), generator=generator))
+        left = int(torch.randint(0, columns - size[1], (1,), generator=generator))
+        mask = torch.zeros(grid, dtype=torch.int64)
+        mask[top : top + size[0], left : left + size[1]] = 1
+        return mask.flatten()
+
+    if target_size[0] * target_size[1] <= least:
+        raise InputError(f"{rows} x {columns} patches are too few for the official sampler; leave it out")
+    targets = [block(target_size) for _ in range(n_targets)]
+    for observed in range(n_targets, -1, -1):  # how many targets the context still keeps clear of
+        for _ in range(20):
+            mask = block(context_size)
+            for target in targets[:observed]:
+                mask = mask * (1 - target)
+            if mask.sum() > least:
+                return mask.nonzero().squeeze(1), torch.stack([t.nonzero().squeeze(1) for t in targets])
+    raise InputError(f"{rows} x {columns} patches are too few for the official sampler; leave it out")
+
+
+def shrunk(length: float, longest: int) -> int:
+    """A side of an official block: shorter than the grid's, by the original's strict comparison."""
+    return min(round(length), longest - 1)

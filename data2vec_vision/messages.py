@@ -34,7 +34,7 @@ def describe(job: Job) -> str:
     """The plan: what the run will do, with the reasons for what was chosen for the user."""
     config, method = job.config, job.method
     G, spe, total = config.images_a_step, job.steps_per_epoch, job.schedule.total_steps
-    S, rows, columns = method.student.grid[0] * method.student.grid[1], *method.student.grid
+    S, rows, columns = method.student.n_patches, *method.student.grid
     model = config.model or f"ViT {config.hidden_dim} x {config.n_encoders}, {plural(config.n_heads, 'head', 'heads')}"
     parameters = sum(p.numel() for p in method.student.vit.parameters())
     millions = f"{parameters / 1e6:.1f} M" if parameters > 1e5 else f"{parameters:,}"
@@ -47,6 +47,8 @@ def describe(job: Job) -> str:
         ("Method", f"{config.method}: {method.describe()}"),
         ("Step", f"{G} images a step = {plural(config.grad_accum, 'pass', 'passes')} of {config.batch_size}, "
                  f"{plural(distributed.processes(), 'process', 'processes')}{each}"),
+        *([("Batch", f"{method.batch_statistics} see the {config.batch_size} images of a pass; a larger --grad-accum "
+                     "does not show them more")] if method.batch_statistics else []),
         ("Length", f"{plural(config.epochs, 'epoch', 'epochs')} of {plural(spe, 'step', 'steps')} = "
                    f"{plural(total, 'step', 'steps')}"),
         ("Device", f"{device_name(job.device)}, {config.precision}, {plural(config.workers, 'worker', 'workers')}"),
@@ -140,7 +142,7 @@ def advice_if_long(job: Job, left: float) -> str:
     if job.device.type != "cpu" or left < LONG_ON_CPU or job.restored is not None:
         return ""
     config, vit = job.config, job.method.student
-    now = cost(vit.grid[0] * vit.grid[1], vit.embed_dim, vit.depth) * config.epochs
+    now = cost(vit.n_patches, vit.embed_dim, vit.depth) * config.epochs
     for image_size, patch_size, width, depth, epochs in SMALLER:
         if image_size > config.image_size:  # nobody wants small images blown up
             image_size, patch_size = config.image_size, vit.patch_size

@@ -5,6 +5,7 @@ order, K indices, D width. A patch is flattened as (channel, row, column), the o
 embedding's convolution kernel.
 """
 
+import torch
 from torch import Tensor
 
 
@@ -33,3 +34,18 @@ def unpatchify(sequence: Tensor, patch_size: int, grid: tuple[int, int]) -> Tens
 def take(tokens: Tensor, index: Tensor) -> Tensor:
     """The tokens at `index`: [B, S, D] and [B, K] with indices in [0, S) -> [B, K, D]."""
     return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def sincos_position(grid: tuple[int, int], dim: int) -> Tensor:
+    """Fixed 2-D sin-cos positions of a grid of (rows, columns): [S, dim], in the order of MAE and I-JEPA.
+
+    The first half of the channels encodes the column, the second the row; each half is [sin | cos] of
+    dim / 4 frequencies from 1 down to 1 / 10000. Raises ValueError when 4 does not divide dim.
+    """
+    if dim % 4:
+        raise ValueError(f"sin-cos positions need a width that is a multiple of 4, got {dim}")
+    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    rows, columns = (torch.arange(n, dtype=torch.float64) for n in grid)
+    row, column = torch.meshgrid(rows, columns, indexing="ij")
+    angles = [axis.flatten().outer(frequencies) for axis in (column, row)]
+    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()

@@ -39,11 +39,16 @@ def grid(rows: Sequence[Sequence[Tile]], side: int = 112, title: str = "", group
 def masked(view: Tensor, patch_size: int, masks: dict[str, Tensor]) -> Image.Image:
     """A view, uint8 [3, H, W], with the patches that the student does not see in grey.
 
-    `masks` of one image: `query` are the hidden patches, or `keep` the seen ones.
+    `masks` of one image: `keep` are the seen patches (of the first mask where there are several), or `query`
+    the hidden ones.
     """
     rows, columns = view.shape[1] // patch_size, view.shape[2] // patch_size
     everything = set(range(rows * columns))
-    hidden = set(masks["query"].tolist()) if "query" in masks else everything - set(masks["keep"].tolist())
+    if "keep" in masks:
+        keep = masks["keep"] if masks["keep"].dim() == 1 else masks["keep"][0]
+        hidden = everything - set(keep.tolist())
+    else:
+        hidden = set(masks["query"].flatten().tolist())
     image = view.clone()
     for index in hidden:
         y, x = index // columns * patch_size, index % columns * patch_size

@@ -85,7 +85,7 @@ def prepare(config: TrainConfig) -> Job:
     device = find_device(config.device)
     source = open_source(config.input_path)
     with seeded(config.seed, "weights"):
-        vit, start = build_encoder(config)
+        vit, start = build_encoder(config, method_class)
         facts = Facts(
             n_images=len(source),
             image_size=vit.patch_embed.img_size[0],
@@ -130,7 +130,7 @@ def restore(config: TrainConfig, given: Mapping[str, Any]) -> Job:
     if step >= schedule.total_steps:
         raise InputError(f"the run in {path} is finished; add epochs with --epochs {2 * config.epochs}, for example")
     method_class = methods.find(config.method)
-    vit, _ = build_encoder(replace(config, pretrained=False, init=None))
+    vit, _ = build_encoder(config, method_class, weights=False)
     method = method_class(vit, **knobs_from(method_class.Config, config, config.method))
     try:
         method.load_state_dict(content["method_state"])
@@ -210,6 +210,8 @@ def made_ready(job: Job) -> Job:
             f"the run would write to {job.folder}, inside the folder of the images; "
             f"give a --checkpoint-out-dir outside {job.config.input_path}"
         )
+    if job.config.batch_size < (least := job.method.smallest_batch):
+        raise InputError(f"--batch-size {job.config.batch_size}: {job.config.method} needs {least} images in a pass")
     if job.config.batch_size % distributed.processes():
         raise InputError(
             f"--batch-size {job.config.batch_size} cannot be shared by {distributed.processes()} processes; "
@@ -218,11 +220,18 @@ def made_ready(job: Job) -> Job:
     return job
 
 
-def build_encoder(config: TrainConfig) -> tuple[VisionTransformer, checkpoint.Start]:
-    """The timm model of `config` with its first weights, and what else comes with these."""
+def build_encoder(
+    config: TrainConfig, method_class: type[Method], weights: bool = True
+) -> tuple[VisionTransformer, checkpoint.Start]:
+    """The timm model of `config` as the method wants it, with its first weights, and what else comes with these.
+
+    Without `weights` those of --init and --pretrained are left out, because a checkpoint's follow.
+    """
+    parts = method_class.encoder_arguments(config.pretrained)
     if config.model:
         size = {} if config.image_size is None else {"img_size": config.image_size}
-        vit = build_vit(config.model, config.pretrained, proj_drop_rate=config.dropout, **size)
+        pretrained = config.pretrained and weights
+        vit = build_vit(config.model, pretrained, proj_drop_rate=config.dropout, **size, **parts)
     else:
         width = config.hidden_dim or 384
         vit = build_vit(
@@ -233,7 +242,12 @@ def build_encoder(config: TrainConfig) -> tuple[VisionTransformer, checkpoint.St
             depth=config.n_encoders or 12,
             num_heads=config.n_heads or default_heads(width),
             proj_drop_rate=config.dropout,
+            **parts,
         )
+    if not (config.init or config.pretrained):
+        method_class.initialize(vit)
+    if not weights:
+        return vit, checkpoint.Start()
     if config.init:
         return vit, checkpoint.load_weights(vit, config.init)
     if config.pretrained:

@@ -11,13 +11,13 @@ def one_cycle(progress: float, peak: float, warmup: float, start: float = 25.0, 
     """
     low, last = peak / start, peak / start / end
     if progress < warmup:
-        return _cosine(low, peak, progress / warmup)
+        return cosine(low, peak, progress / warmup)
     if warmup >= 1:
         return peak
-    return _cosine(peak, last, min(1.0, (progress - warmup) / (1 - warmup)))
+    return cosine(peak, last, min(1.0, (progress - warmup) / (1 - warmup)))
 
 
-def _cosine(first: float, last: float, share: float) -> float:
+def cosine(first: float, last: float, share: float) -> float:
     return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
 
 
@@ -64,4 +64,4 @@ class Plan:
             return planned
         blend = max(1.0, self.warmup * (total - first))
         share = min(1.0, (step - first) / blend)
-        return _cosine(self._lr(first, segment - 1), planned, share)
+        return cosine(self._lr(first, segment - 1), planned, share)

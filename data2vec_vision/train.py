@@ -24,7 +24,7 @@ from data2vec_vision.errors import InputError, RunFailed, Stopped, one_line
 from data2vec_vision.messages import describe, estimate, failure, farewell, go_on
 from data2vec_vision.plan import Job, prepare, restore
 from data2vec_vision.run import BadFiles, Progress, RunFolder, caught_signals, say
-from data2vec_vision.seeding import seed_device
+from data2vec_vision.seeding import generator, seed_device
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ESTIMATE_AFTER = 20  # steps
@@ -54,6 +54,10 @@ def training_steps(job: Job, optimizer: torch.optim.Optimizer, scaler: torch.amp
         lr = schedule.lr(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
+            if group["weight_decay"]:
+                group["weight_decay"] = method.weight_decay(config.weight_decay, schedule.progress(step))
+        shared = method.shared_by_step(generator(config.seed, "step", step))
+        shared = {name: value.to(device, non_blocking=True) for name, value in shared.items()}
         logs, waited = Means(config.grad_accum), 0.0
         bad: dict[int, str] = {}
         for micro in range(config.grad_accum):
@@ -66,7 +70,7 @@ def training_steps(job: Job, optimizer: torch.optim.Optimizer, scaler: torch.amp
             last = micro + 1 == config.grad_accum
             with contextlib.nullcontext() if last else without_all_reduce(forward):
                 with torch.autocast(device.type, DTYPES[config.precision], enabled=autocast):
-                    output = forward(views, batch.masks)
+                    output = forward(views, masks=batch.masks | shared)
                 # A loss that is not finite may have a finite gradient; the factor, else exactly 1, spoils that too.
                 loss = output.loss * (1 + 0 * output.loss.detach())
                 scaler.scale(loss / config.grad_accum).backward()
@@ -247,7 +251,7 @@ def optimizer_and_scaler(job: Job) -> tuple[torch.optim.Optimizer, torch.amp.Gra
 def loader(job: Job) -> Iterable[Batch]:
     """The batches of all steps that are left."""
     config = job.config
-    dataset = StreamDataset(job.source, job.method.views(), job.method.masks(), config.seed)
+    dataset = StreamDataset(job.source, job.method.views(), job.method.masks(), config.seed, config.images_a_step)
     batches = MicroBatches(
         Stream(len(job.source), config.seed),
         config.batch_size,

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -125,19 +125,73 @@ class Views:
 
 
 def augmentation(
-    image_size: tuple[int, int], crop_min: float = 0.2, flip: float = 0.5, color_jitter: float = 0.0
+    image_size: tuple[int, int],
+    crop: tuple[float, float] = (0.2, 1.0),
+    flip: float = 0.5,
+    color_jitter: float = 0.0,
 ) -> v2.Compose:
     """Random resized crop, flip and colour jitter of a PIL image: -> uint8 [3, H, W].
 
-    `crop_min` is the smallest share of the image's area that a crop may keep, in (0, 1]; `flip` the
-    probability of a mirror image; `color_jitter` the strength of brightness, contrast and saturation.
+    `crop` are the smallest and the largest share of the image's area that a crop keeps, in (0, 1]; `flip`
+    the probability of a mirror image; `color_jitter` the strength of brightness, contrast and saturation.
     The jitter comes after the crop, where it costs the pixels of the view and not of the photo.
     """
-    steps: list[nn.Module] = [
-        v2.RandomResizedCrop(image_size, scale=(crop_min, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
-    ]
-    if flip:
-        steps.append(v2.RandomHorizontalFlip(flip))
+    steps = crop_and_flip(image_size, crop, flip)
     if color_jitter:
         steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
     return v2.Compose([*steps, v2.PILToTensor()])
+
+
+def strong_augmentation(
+    image_size: tuple[int, int],
+    crop: tuple[float, float],
+    flip: float = 0.5,
+    color_jitter: float = 1.0,
+    gray: float = 0.2,
+    blur: float = 0.5,
+    full_size: int = 224,
+) -> v2.Compose:
+    """The views of MSN and SwAV (from SimCLR): crop, flip, colour jitter, grey, blur: PIL image -> uint8 [3, H, W].
+
+    `color_jitter` is the strength s of jitter (0.8 s, 0.8 s, 0.8 s, 0.2 s), applied to 80 % of the views;
+    `gray` and `blur` are probabilities. The radius of the blur is that of the papers, 0.1 to 2 pixels at
+    224, in proportion to `full_size`, the side of the image that views are crops of.
+    """
+    steps = crop_and_flip(image_size, crop, flip)
+    if color_jitter:
+        s = color_jitter
+        steps.append(v2.RandomApply([v2.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)], p=0.8))
+    if gray:
+        steps.append(v2.RandomGrayscale(gray))
+    if blur:
+        steps.append(v2.RandomApply([RandomBlur(0.1 * full_size / 224, 2.0 * full_size / 224)], p=blur))
+    return v2.Compose([*steps, v2.PILToTensor()])
+
+
+def crop_and_flip(image_size: tuple[int, int], crop: tuple[float, float], flip: float) -> list[nn.Module]:
+    steps: list[nn.Module] = [v2.RandomResizedCrop(image_size, scale=crop, interpolation=v2.InterpolationMode.BICUBIC)]
+    return [*steps, v2.RandomHorizontalFlip(flip)] if flip else steps
+
+
+class RandomBlur(nn.Module):
+    """Pillow's Gaussian blur of a PIL image, its radius drawn between `smallest` and `largest` pixels."""
+
+    def __init__(self, smallest: float, largest: float):
+        super().__init__()
+        self.smallest, self.largest = smallest, largest
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        radius = self.smallest + float(torch.rand(())) * (self.largest - self.smallest)
+        return image.filter(ImageFilter.GaussianBlur(radius))
+
+
+def local_crop_size(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """(H, W) of the small crops of multi-crop: 96 of 224 pixels, in whole patches, two a side at least."""
+    height, width = (patch_size * max(2, round(side / patch_size * 96 / 224)) for side in image_size)
+    return height, width
+
+
+def local_crop_count(grid: tuple[int, int], at_full_size: int) -> int:
+    """How many small crops: `at_full_size` from 14 patches a side on, fewer below, none under 4 patches."""
+    side = min(grid)
+    return 0 if side < 4 else round(at_full_size * min(1.0, side / 14))

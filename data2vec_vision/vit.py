@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data2vec_vision.errors import InputError, one_line
-from data2vec_vision.patches import patchify, take
+from data2vec_vision.patches import patchify, sincos_position, take
 from data2vec_vision.transforms import ImageTransform
 
 DEFAULT_MODEL = "vit_small_patch16_224"
@@ -37,6 +37,11 @@ class Encoded(NamedTuple):
     tokens: Tensor  # [B, S or K, D] patch tokens after the final norm
     prefix: Tensor  # [B, N, D] prefix tokens after the final norm
     hidden: list[Tensor]  # the hidden states asked for, each [B, S or K, D]
+
+
+def pooled(encoded: Encoded, pool: str) -> Tensor:
+    """One vector an image, [B, D]: the class token ("cls") or the mean of the patch tokens ("mean")."""
+    return encoded.prefix[:, 0] if pool == "cls" else encoded.tokens.mean(dim=1)
 
 
 class MaskedVisionTransformer(nn.Module):
@@ -76,6 +81,23 @@ class MaskedVisionTransformer(nn.Module):
         return self.vit.patch_embed.patch_size[0]
 
     @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) in pixels that the model was built for."""
+        height, width = self.vit.patch_embed.img_size
+        return height, width
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads of a block."""
+        parts: list[Any] = list(self.vit.blocks.modules())
+        return next(part.num_heads for part in parts if hasattr(part, "num_heads"))
+
+    @property
+    def n_patches(self) -> int:
+        """S: how many patches an image of the size that the model was built for has."""
+        return self.grid[0] * self.grid[1]
+
+    @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of patches of the image size that the model was built for."""
         return self.vit.patch_embed.grid_size
@@ -105,8 +127,7 @@ class MaskedVisionTransformer(nn.Module):
         """
         pool = pool or self.pool
         self.check_pool(pool)
-        encoded = self.encode(x)
-        return encoded.prefix[:, 0] if pool == "cls" else encoded.tokens.mean(dim=1)
+        return pooled(self.encode(x), pool)
 
     def check_pool(self, pool: str) -> None:
         """Raises InputError unless this encoder can give `pool`."""
@@ -125,8 +146,9 @@ class MaskedVisionTransformer(nn.Module):
     ) -> Encoded:
         """Encode images [B, 3, H, W] or patch sequences [B, S, 3*P*P].
 
-        keep [B, K]: encode only these patches, indices in [0, S). query [B, Q]: put the mask token in
-        place of these patch embeddings before the first block. hidden: the blocks, in [0, L), whose
+        keep [B, K]: encode only these patches, indices in [0, S); with M masks an image, keep [B, M, K], each
+        image is embedded once and encoded M times, and the output has B*M rows. query [B, Q]: put the mask
+        token in place of these patch embeddings before the first block. hidden: the blocks, in [0, L), whose
         states to return: "block" is a block's output, "ffn" the output of its feed-forward network
         before LayerScale and the residual.
         """
@@ -134,10 +156,12 @@ class MaskedVisionTransformer(nn.Module):
             raise ValueError("encode takes keep or query, not both")
         tokens, position = self._embed_patches(x)
         if keep is not None:
-            tokens, position = take(tokens, keep), take(position.expand(len(tokens), -1, -1), keep)
-        if query is not None:
-            tokens = self._hide(tokens, query)
-        x = self.vit.norm_pre(self.vit.pos_drop(torch.cat([*self._prefix(len(tokens)), tokens + position], dim=1)))
+            kept = keep.flatten(1)
+            tokens = take(tokens, kept) + take(position.expand(len(tokens), -1, -1), kept)
+            tokens = tokens.reshape(-1, keep.shape[-1], tokens.shape[-1])
+        else:
+            tokens = (tokens if query is None else self._hide(tokens, query)) + position
+        x = self.vit.norm_pre(self.vit.pos_drop(torch.cat([*self._prefix(len(tokens)), tokens], dim=1)))
         N = self.vit.num_prefix_tokens
         states: dict[int, Tensor] = {}
         for index, block in enumerate(self.vit.blocks):
@@ -270,6 +294,16 @@ def usable_models(pattern: str = "") -> list[str]:
     modules = ("vision_transformer", "deit")
     names = {name for module in modules for name in timm.list_models(pattern, module=module)}
     return sorted(name for name in names if "distilled" not in name)
+
+
+def fix_position(vit: VisionTransformer) -> None:
+    """Gives the encoder the fixed sin-cos position of MAE and I-JEPA: zero for prefix tokens, not trained."""
+    if vit.pos_embed is None:
+        return
+    position = sincos_position(vit.patch_embed.grid_size, vit.embed_dim)
+    prefix = vit.pos_embed.shape[1] - len(position)
+    vit.pos_embed.data.zero_()[0, prefix:] = position
+    vit.pos_embed.requires_grad_(False)
 
 
 def architecture(vit: VisionTransformer) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -11,12 +11,14 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_weight_decay
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from data2vec_vision.checkpoint import load_encoder
+from data2vec_vision.ema import ema_update
 from data2vec_vision.errors import InputError
 from data2vec_vision.knobs import check_knobs
-from data2vec_vision.masking import MaskSampler
+from data2vec_vision.masking import MaskSampler, no_masks, stack_masks
+from data2vec_vision.schedules import linear_ramp
 from data2vec_vision.transforms import ViewTransform
 from data2vec_vision.vit import DEFAULT_MODEL, MaskedVisionTransformer, build_vit
 
@@ -34,9 +36,11 @@ class Method(nn.Module):
     """A self-supervised method, usable in anybody's loop.
 
     In training mode `method(views)` takes one batch of normalised images [B, 3, H, W], or the list of
-    views that the method asks for, and returns an Output whose `.loss.backward()` works. In eval mode it
-    returns the embedding of the unmasked images with a zero loss. After `optimizer.step()` call
-    `after_step(progress)`, with the share of the run that is done: it is what moves the teacher.
+    views that the method asks for, and returns an Output whose `.loss.backward()` works; views may also be
+    given one by one, or by their `view_names`. In eval mode, and with `method(images=...)` in any mode, it returns
+    the embedding of the unmasked images with a zero loss. Before the optimizer's step call
+    `before_step(progress)`, after it `after_step(progress)`, with the share of the run that is done when
+    the step is: that moves the teacher.
 
     `encoder` is the name of a timm VisionTransformer or a ready one; `pretrained=True` loads timm's
     weights. Everything else is a knob of the method's Config.
@@ -53,8 +57,13 @@ class Method(nn.Module):
         {}
     )  # options of `train` that the method wants otherwise than by default
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)  # AdamW's
-    pool: ClassVar[str] = "mean"  # what `embed` gives: "mean", or "cls"
+    pool: ClassVar[str] = "mean"  # what `embed` gives: "mean", or "cls" where the encoder has a class token
     mask_token: ClassVar[bool] = False  # whether hidden patches are replaced by a token, rather than left out
+    class_token: ClassVar[bool] = True  # whether an encoder built from a name keeps its class token
+    view_names: ClassVar[tuple[str, ...]] = ()  # keywords of `forward` for views, in the order of `views()`
+    fewest_views: ClassVar[int] = 1  # a method with one view takes exactly one
+    smallest_batch: ClassVar[int] = 1  # images in a forward pass
+    batch_statistics: ClassVar[str] = ""  # what of the method is computed over a pass, not image by image
 
     def __init__(
         self,
@@ -70,9 +79,11 @@ class Method(nn.Module):
         self.config: Any = self.Config(**knobs)
         if isinstance(encoder, str):
             size = {} if image_size is None else {"img_size": image_size}
-            encoder = build_vit(encoder, pretrained, **size)
+            encoder = build_vit(encoder, pretrained, **size, **self.encoder_arguments(pretrained))
+            if not pretrained:
+                self.initialize(encoder)
         self.student = MaskedVisionTransformer(encoder, mask_token=self.mask_token)
-        self.student.pool = self.pool
+        self.student.pool = self.pool if encoder.cls_token is not None else "mean"
         self.teacher: MaskedVisionTransformer | None = None
         self._after_step_called = False
         self._at_backward: Tensor | None = None  # a copy of one parameter, before any optimizer step
@@ -89,6 +100,15 @@ class Method(nn.Module):
             raise InputError(f"{path} was trained with {content['method']}, not {ours}: load it with d2v.load(path)")
         return encoder
 
+    @classmethod
+    def encoder_arguments(cls, pretrained: bool = False) -> dict[str, Any]:
+        """For timm.create_model, beside sizes: leaves out the class token where the method has no use for it."""
+        return {} if cls.class_token or pretrained else {"class_token": False, "global_pool": "avg"}
+
+    @staticmethod
+    def initialize(vit: VisionTransformer) -> None:
+        """What the paper does to the first weights of an encoder, where timm does otherwise; not to pretrained ones."""
+
     @property
     def encoders(self) -> dict[str, MaskedVisionTransformer]:
         """The encoders that a run saves, by name: the student, and the teacher where there is one."""
@@ -103,19 +123,47 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def masks(self) -> MaskSampler:
-        """What draws one image's masks: picklable, runs in workers, generator -> index tensors by name."""
+        """What draws one image's masks: picklable, runs in workers, two generators -> index tensors by name.
+
+        The first generator is the image's own, the second the same for all images of a step.
+        """
         return no_masks
 
-    def forward(self, views: Tensor | list[Tensor], masks: dict[str, Tensor] | None = None) -> Output:
-        views = [views] if isinstance(views, Tensor) else views
-        if not self.training:
-            embedding = self.student.embed(views[0])
+    def shared_by_step(self, generator: Generator) -> dict[str, Tensor]:
+        """Random tensors, other than masks, that are the same for all images of a step; they join the masks."""
+        return {}
+
+    def forward(
+        self,
+        *views: Tensor | Sequence[Tensor],
+        masks: dict[str, Tensor] | None = None,
+        images: Tensor | None = None,
+        **named: Tensor | Sequence[Tensor],
+    ) -> Output:
+        batch = [images] if images is not None else self._ordered(views, named)
+        if not self.training or images is not None:
+            embedding = self.student.embed(batch[0])
             return Output(embedding.new_zeros((), dtype=torch.float32), embedding, {}, {})
         if masks is None:
-            masks = self.sample_masks(len(views[0]), views[0].device)
-        output = self.training_step(views, masks)
+            masks = self.sample_masks(len(batch[0]), batch[0].device)
+        output = self.training_step(batch, masks)
         self._warn_if_teacher_stands_still(output.loss)
         return output
+
+    def _ordered(self, views: Sequence[Any], named: Mapping[str, Any]) -> list[Tensor]:
+        """The views as one list. Raises TypeError and ValueError for what the method does not take."""
+        name = type(self).__name__
+        if unknown := set(named) - set(self.view_names):
+            known = f"it knows {', '.join(self.view_names)}" if self.view_names else "it takes one batch of images"
+            raise TypeError(f"{name} takes no views named {', '.join(sorted(unknown))}; {known}")
+        groups = [*views, *(named[key] for key in self.view_names if named.get(key) is not None)]
+        batch = [view for group in groups for view in ([group] if isinstance(group, Tensor) else group)]
+        if self.training and (len(batch) < self.fewest_views or len(batch) > self.fewest_views == 1):
+            least = "one view" if self.fewest_views == 1 else f"at least {self.fewest_views} views"
+            raise ValueError(f"{name} takes {least} of each image, got {len(batch)}")
+        if not batch:
+            raise ValueError(f"{name} was called without images")
+        return batch
 
     def training_step(self, views: list[Tensor], masks: dict[str, Tensor]) -> Output:
         """The method itself: views [B, 3, H, W] each and masks [B, ...] -> Output."""
@@ -123,9 +171,10 @@ class Method(nn.Module):
 
     def sample_masks(self, batch: int, device: torch.device) -> dict[str, Tensor]:
         """Masks for a batch, drawn from torch's default generator: index tensors [B, ...]."""
-        draw = self.masks()
-        samples = [draw(torch.default_generator) for _ in range(batch)]
-        return {name: torch.stack([s[name] for s in samples]).to(device) for name in samples[0]}
+        draw, seed = self.masks(), int(torch.randint(2**62, ()))
+        samples = [draw(torch.default_generator, Generator().manual_seed(seed)) for _ in range(batch)]
+        masks = stack_masks(samples) | self.shared_by_step(Generator().manual_seed(seed))
+        return {name: mask.to(device) for name, mask in masks.items()}
 
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Parameters with a gradient, with timm's rule: no decay for vectors, biases and position embeddings."""
@@ -138,8 +187,15 @@ class Method(nn.Module):
         return param_groups_weight_decay(self, weight_decay, no_weight_decay_list=undecayed)
 
     def scheduled(self, progress: float) -> dict[str, float]:
-        """What the method changes in the course of a run, such as tau, at `progress` in [0, 1]; for the log."""
-        return {}
+        """What the method changes in the course of a run, at `progress` in [0, 1]: the teacher's tau; for the log."""
+        if self.teacher is None:
+            return {}
+        c = self.config
+        return {"tau": linear_ramp(progress, c.tau_initial, c.tau_end, c.tau_increase_pct)}
+
+    def weight_decay(self, first: float, progress: float) -> float:
+        """The weight decay at `progress` in [0, 1] of a run that began with `first`."""
+        return first
 
     def before_step(self, progress: float) -> None:
         """Called between backward and the optimizer's step."""
@@ -147,6 +203,8 @@ class Method(nn.Module):
     def after_step(self, progress: float) -> None:
         """Called after the optimizer's step; `progress` in (0, 1] is the share of the run that is done."""
         self._after_step_called = True
+        if self.teacher is not None:
+            ema_update(self.teacher, self.student, self.scheduled(progress)["tau"])
 
     def train(self, mode: bool = True) -> "Method":
         """As nn.Module.train, but the teacher stays in eval mode: its targets carry no dropout noise."""
@@ -176,8 +234,3 @@ class Method(nn.Module):
 
     def _last_trained(self) -> Tensor:
         return [p for p in self.parameters() if p.requires_grad][-1].detach()
-
-
-def no_masks(generator: torch.Generator) -> dict[str, Tensor]:
-    """For a method that hides nothing."""
-    return {}

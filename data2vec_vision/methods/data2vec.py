@@ -16,16 +16,16 @@ from typing import Any, Literal
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from data2vec_vision.ema import ema_update, frozen_copy
+from data2vec_vision.ema import frozen_copy
 from data2vec_vision.errors import InputError
 from data2vec_vision.knobs import knob
-from data2vec_vision.masking import MaskSampler, block_mask
+from data2vec_vision.masking import MaskSampler, block_mask, share
 from data2vec_vision.methods.base import Method, Output
 from data2vec_vision.patches import take
-from data2vec_vision.schedules import linear_ramp
+from data2vec_vision.targets import at_least_fp32, mean_of_blocks, target_health
 from data2vec_vision.transforms import Views, ViewTransform, augmentation
 from data2vec_vision.vit import DEFAULT_MODEL, has_separate_ffn
 
@@ -37,7 +37,7 @@ class BlockMasks:
     grid: tuple[int, int]
     n_masked: int
 
-    def __call__(self, generator: torch.Generator) -> dict[str, Tensor]:
+    def __call__(self, generator: Generator, shared: Generator) -> dict[str, Tensor]:
         return {"query": block_mask(self.grid, self.n_masked, generator)}
 
 
@@ -73,7 +73,7 @@ class Data2Vec(Method):
         **knobs: Any,
     ):
         super().__init__(encoder, image_size, pretrained, **knobs)
-        L, S = self.student.depth, self.student.grid[0] * self.student.grid[1]
+        L = self.student.depth
         K = self.config.top_k_blocks or L
         if K > L:
             raise InputError(f"--k {K} is more than the {L} blocks of the encoder; use --k {L} or less")
@@ -82,12 +82,12 @@ class Data2Vec(Method):
                 "the blocks of this encoder have no separate feed-forward network; use --set target_output=block"
             )
         self.top_blocks = range(L - K, L)
-        self.n_masked = min(max(round(self.config.mask_ratio * S), 1), S - 1)
+        self.n_masked = share(self.config.mask_ratio, self.student.n_patches)
         self.regressor = nn.Linear(self.student.embed_dim, self.student.embed_dim)
         self.teacher = frozen_copy(self.student)
 
     def describe(self) -> str:
-        c, S = self.config, self.student.grid[0] * self.student.grid[1]
+        c, S = self.config, self.student.n_patches
         state = "feed-forward outputs" if c.target_output == "ffn" else "outputs"
         return (
             f"1 view an image, {self.n_masked} of {S} patches hidden in blocks; the target is the {state} "
@@ -96,7 +96,7 @@ class Data2Vec(Method):
 
     def views(self) -> ViewTransform:
         c = self.config
-        return Views(augmentation(tuple(self.student.vit.patch_embed.img_size), c.crop_min, c.flip, c.color_jitter))
+        return Views(augmentation(self.student.image_size, (c.crop_min, 1.0), c.flip, c.color_jitter))
 
     def masks(self) -> MaskSampler:
         return BlockMasks(self.student.grid, self.n_masked)
@@ -106,13 +106,9 @@ class Data2Vec(Method):
         encoded = self.student.encode(views[0], query=masks["query"])
         prediction = at_least_fp32(self.regressor(take(encoded.tokens, masks["query"])))
         loss = F.smooth_l1_loss(prediction, target, beta=self.config.beta)
-        logs = {
-            "target_std": target.std(dim=(0, 1), unbiased=False).mean(),
-            "prediction_std": prediction.detach().std(dim=(0, 1), unbiased=False).mean(),
-        }
-        return Output(
-            loss, encoded.tokens.detach().mean(dim=1), logs, {"prediction": prediction, "target": target, **masks}
-        )
+        embedding = encoded.tokens.detach().mean(dim=1)
+        extras = {"prediction": prediction, "target": target, **masks}
+        return Output(loss, embedding, target_health(target, prediction), extras)
 
     @torch.no_grad()
     def target(self, images: Tensor, query: Tensor) -> Tensor:
@@ -121,26 +117,4 @@ class Data2Vec(Method):
         images [B, 3, H, W], query [B, Q] -> [B, Q, D] in at least fp32.
         """
         hidden = self.teacher.encode(images, hidden=self.top_blocks, output=self.config.target_output).hidden
-        norm = instance_norm if self.config.target_norm == "instance" else layer_norm
-        mean = torch.stack([norm(at_least_fp32(h)) for h in hidden]).mean(dim=0)
-        return layer_norm(take(mean, query))
-
-    def after_step(self, progress: float) -> None:
-        super().after_step(progress)
-        ema_update(self.teacher, self.student, self.scheduled(progress)["tau"])
-
-    def scheduled(self, progress: float) -> dict[str, float]:
-        c = self.config
-        return {"tau": linear_ramp(progress, c.tau_initial, c.tau_end, c.tau_increase_pct)}
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def layer_norm(x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:])
-
-
-def instance_norm(x: Tensor) -> Tensor:
-    return F.instance_norm(x.transpose(1, 2)).transpose(1, 2)
+        return take(mean_of_blocks(hidden, self.config.target_norm), query)

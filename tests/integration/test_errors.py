@@ -195,7 +195,7 @@ def test_a_method_in_a_file_of_its_own_has_knobs_and_works_in_workers(cli, refus
         "    class Config(Base.Config):\n"
         "        loudness: float = knob(0.5, 'of nothing', '[0, 1]')\n"
         "    def views(self):\n"
-        "        return MyViews(augmentation((16, 16), 1.0, 0.0, 0.0))\n"
+        "        return MyViews(augmentation((16, 16), (1.0, 1.0), 0.0, 0.0))\n"
     )
     options = ["--method", "quiet_method.py", "--epochs", 1]
     code, out, err = cli("train", images, *TINY, *options, "--set", "loudness=0.7", "--checkpoint-out-dir", "a")

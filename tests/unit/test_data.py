@@ -11,7 +11,7 @@ from data2vec_vision.transforms import Views, augmentation
 
 def dataset(images, seed=0):
     return StreamDataset(
-        open_source(images), Views(augmentation((16, 16), color_jitter=0.4)), BlockMasks((4, 4), 10), seed
+        open_source(images), Views(augmentation((16, 16), color_jitter=0.4)), BlockMasks((4, 4), 10), seed, 4
     )
 
 

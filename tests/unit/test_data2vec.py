@@ -33,7 +33,7 @@ def batch(size=4):
 
 def queries(method, size=4, seed=0):
     generator, draw = torch.Generator().manual_seed(seed), method.masks()
-    return torch.stack([draw(generator)["query"] for _ in range(size)])
+    return torch.stack([draw(generator, generator)["query"] for _ in range(size)])
 
 
 def naive_target(method, images, query):
@@ -75,7 +75,7 @@ def test_target_equals_naive_code(tiny_vit, output, norm, k):
 def test_loss_equals_naive_code(tiny_vit, beta):
     method = make(tiny_vit, beta=beta)
     images, query = batch(), queries(method)
-    out = method(images, {"query": query})
+    out = method(images, masks={"query": query})
     target = naive_target(method, images, query)
     total = count = 0
     for b in range(4):
@@ -91,7 +91,7 @@ def test_loss_equals_naive_code(tiny_vit, beta):
 def test_the_loss_ignores_what_is_predicted_at_patches_that_were_seen(tiny_vit):
     method = make(tiny_vit)
     images, query = batch(), queries(method)
-    before = method(images, {"query": query}).loss
+    before = method(images, masks={"query": query}).loss
     encode, seen = method.student.encode, torch.ones(4, 16, dtype=torch.bool).scatter(1, query, False)
 
     def disturbed(*args, **kwargs):
@@ -99,7 +99,7 @@ def test_the_loss_ignores_what_is_predicted_at_patches_that_were_seen(tiny_vit):
         return encoded._replace(tokens=torch.where(seen.unsqueeze(-1), encoded.tokens + 100, encoded.tokens))
 
     method.student.encode = disturbed
-    assert torch.equal(method(images, {"query": query}).loss, before)
+    assert torch.equal(method(images, masks={"query": query}).loss, before)
 
 
 def test_the_student_does_not_see_the_hidden_patches_and_the_teacher_sees_all(tiny_vit):
@@ -108,7 +108,7 @@ def test_the_student_does_not_see_the_hidden_patches_and_the_teacher_sees_all(ti
     hidden = torch.zeros(4, 16, dtype=torch.bool).scatter(1, query, True)
     cells = hidden.view(4, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
     changed = torch.where(cells, torch.randn_like(images), images)
-    one, two = method(images, {"query": query}), method(changed, {"query": query})
+    one, two = method(images, masks={"query": query}), method(changed, masks={"query": query})
     assert torch.equal(one.extras["prediction"], two.extras["prediction"])
     assert not torch.equal(one.extras["target"], two.extras["target"])
 
@@ -130,7 +130,7 @@ def test_four_passes_of_16_equal_one_pass_of_64(tiny_vit):
         method.zero_grad()
         for start in range(0, 64, size):
             part = slice(start, start + size)
-            (method(images[part], {"query": query[part]}).loss * size / 64).backward()
+            (method(images[part], masks={"query": query[part]}).loss * size / 64).backward()
         return [p.grad for p in method.parameters() if p.requires_grad]
 
     for a, b in zip(gradients(16), gradients(64)):
@@ -259,7 +259,7 @@ def test_views_and_masks_travel_to_workers(tiny_vit):
     views, masks = pickle.loads(pickle.dumps((method.views(), method.masks())))
     [view] = views(Image.new("RGB", (30, 40)))
     assert view.dtype == torch.uint8 and view.shape == (3, 16, 16)
-    assert masks(torch.Generator())["query"].shape == (10,)
+    assert masks(torch.Generator(), torch.Generator())["query"].shape == (10,)
 
 
 @pytest.mark.parametrize(

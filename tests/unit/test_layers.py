@@ -6,10 +6,22 @@ from pathlib import Path
 import data2vec_vision
 
 PACKAGE = Path(data2vec_vision.__file__).parent
-GROUND = ["errors", "distributed", "seeding", "patches", "masking", "schedules", "ema"]
-MODELS_AND_DATA = ["config", "knobs", "device", "transforms", "vit", "sources", "data", "checkpoint", "pictures"]
+GROUND = ["errors", "distributed", "seeding", "patches", "masking", "schedules", "ema", "prototypes", "targets"]
+MODELS_AND_DATA = [
+    "config",
+    "knobs",
+    "device",
+    "transforms",
+    "vit",
+    "decoder",
+    "sources",
+    "data",
+    "checkpoint",
+    "pictures",
+]
+METHOD_NAMES = ["data2vec", "data2vec2", "ijepa", "mae", "msn", "swav"]
 SAMPLES = ["samples", "samples.make"]
-METHODS = ["methods.base", "methods.data2vec", "methods"]
+METHODS = ["methods.base", *(f"methods.{name}" for name in METHOD_NAMES), "methods"]
 JOBS = ["run", "plan", "messages", "train", "dry_run", "extract", "evaluate", "demo", "__main__"]
 ORDER = GROUND + MODELS_AND_DATA + SAMPLES + METHODS + JOBS
 

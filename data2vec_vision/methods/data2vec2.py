@@ -1,0 +1,186 @@
+"""data2vec 2.0: one pass of the teacher is the target of several masks; the student encodes what they leave.
+
+Baevski et al. 2023, "Efficient Self-supervised Learning with Contextualized Target Representations for
+Vision, Speech and Language", section 3. Shapes: B batch, M masks an image, S patches in rows x columns, K kept,
+Q hidden, D width of the encoder, W of the decoder, T blocks in the target.
+
+What differs from the published code: the blocks are timm's, with the norm first, so that timm's models and
+their weights can be used; the final norm therefore precedes the decoder. The weight of the class token's
+loss does not depend on the batch. The decoder's noise is the same for all images of a step, so that
+slicing a step changes nothing.
+"""
+
+import math
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from data2vec_vision.ema import frozen_copy
+from data2vec_vision.errors import InputError
+from data2vec_vision.knobs import knob
+from data2vec_vision.masking import MaskSampler, inverse_block_mask, others, share
+from data2vec_vision.methods.base import Method, Output
+from data2vec_vision.patches import take
+from data2vec_vision.targets import at_least_fp32, layer_norm, mean_of_blocks, target_health
+from data2vec_vision.transforms import Views, ViewTransform, augmentation
+from data2vec_vision.vit import DEFAULT_MODEL, fix_position, has_separate_ffn
+
+NOISE = 0.01  # deviation of what the decoder gets at hidden places
+
+
+@dataclass(frozen=True)
+class InverseBlockMasks:
+    """Draws {"keep": what the student sees under each mask, int64 [M, K], "query": the rest, int64 [M, Q]}."""
+
+    grid: tuple[int, int]
+    n_masks: int
+    n_keep: int
+    adjust: float
+    side: int
+
+    def __call__(self, generator: Generator, shared: Generator) -> dict[str, Tensor]:
+        keep = [
+            inverse_block_mask(self.grid, self.n_keep, generator, self.adjust, self.side) for _ in range(self.n_masks)
+        ]
+        S = self.grid[0] * self.grid[1]
+        return {"keep": torch.stack(keep), "query": torch.stack([others(k, S) for k in keep])}
+
+
+class ConvDecoder(nn.Module):
+    """Convolutions over the grid of patches, each with a norm, GELU and a residual: [R, S, D] -> [R, S, W].
+
+    Section 3.2. The norm is over channels and has no parameters; the first residual is left out where the
+    widths differ. Weights as PyTorch has them.
+    """
+
+    def __init__(self, grid: tuple[int, int], width: int, dim: int, depth: int, kernel: int, groups: int = 16):
+        super().__init__()
+        self.grid = grid
+        self.layers = nn.ModuleList(
+            nn.Conv2d(n, dim, kernel, padding=kernel // 2, groups=math.gcd(groups, n, dim))
+            for n in [width] + [dim] * (depth - 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(1, 2).unflatten(2, self.grid)  # [R, D, rows, columns]
+        for layer in self.layers:
+            y = F.gelu(layer_norm(layer(x).movedim(1, -1))).movedim(-1, 1)
+            x = x + y if x.shape == y.shape else y
+        return x.flatten(2).transpose(1, 2)
+
+
+class Data2Vec2(Method):
+    """data2vec 2.0 for images (Baevski et al. 2023)."""
+
+    @dataclass(frozen=True)
+    class Config(Method.Config):
+        top_k_blocks: int | None = knob(
+            None, "how many of the last blocks are averaged into the target; none: all", "[1, inf)", "10 of 12", "k"
+        )
+        mask_ratio: float = knob(0.8, "share of the patches that a mask hides", "(0, 1)", "0.8", "mask_erase_pct")
+        n_masks: int = knob(8, "masks an image", "[1, inf)", "16")
+        mask_adjust: float = knob(0.07, "share of the grid that blocks cover beyond what is kept", "[0, 1)", "0.07")
+        block_size: int = knob(3, "side of a kept block, in patches; less on small grids", "[1, inf)", "3")
+        decoder_dim: int | None = knob(None, "width of the decoder; none: the encoder's", "[1, inf)", "768")
+        decoder_depth: int = knob(6, "convolutions of the decoder", "[1, inf)", "6")
+        decoder_kernel: Literal["3", "5", "7"] = knob("3", "side of a convolution's kernel", paper="3")
+        class_weight: float = knob(1.0, "weight of the class token's loss", "[0, inf)", "2.56, 0.01 a mask of 16 x 16")
+        tau_initial: float = knob(0.9998, "the teacher's EMA factor at the start", "[0, 1]", "0.9998", "tau_initial")
+        tau_end: float = knob(0.99999, "the teacher's EMA factor after its rise", "[0, 1]", "0.99999", "tau_end")
+        tau_increase_pct: float = knob(
+            0.27, "share of the run in which tau rises", "[0, 1]", "0.27", "tau_increase_pct"
+        )
+        crop_min: float = knob(0.2, "smallest share of the image that a crop keeps", "(0, 1]", "0.2")
+        flip: float = knob(0.5, "probability of a mirror image", "[0, 1]", "0.5")
+
+    recipe = MappingProxyType({"max_lr_at_256": 1e-3, "warmup_pct": 0.13, "weight_decay": 0.05, "clip_grad": 4.0})
+    betas = (0.9, 0.95)
+
+    def __init__(
+        self,
+        encoder: str | VisionTransformer = DEFAULT_MODEL,
+        image_size: int | tuple[int, int] | None = None,
+        pretrained: bool = False,
+        **knobs: Any,
+    ):
+        super().__init__(encoder, image_size, pretrained, **knobs)
+        c, student = self.config, self.student
+        L, D = student.depth, student.embed_dim
+        T = c.top_k_blocks or L
+        if T > L:
+            raise InputError(f"--k {T} is more than the {L} blocks of the encoder; use --k {L} or less")
+        if not has_separate_ffn(student.vit):
+            raise InputError("the blocks of this encoder have no separate feed-forward network; use another --model")
+        self.top_blocks = range(L - T, L)
+        self.n_keep = student.n_patches - share(c.mask_ratio, student.n_patches)
+        W = c.decoder_dim or D
+        self.decoder = ConvDecoder(student.grid, D, W, c.decoder_depth, int(c.decoder_kernel))
+        self.regressor = nn.Linear(W, D)
+        self.teacher = frozen_copy(self.student)
+
+    @staticmethod
+    def initialize(vit: VisionTransformer) -> None:
+        fix_position(vit)
+        nn.init.xavier_uniform_(vit.patch_embed.proj.weight.flatten(1))
+
+    def describe(self) -> str:
+        return (
+            f"1 view and {self.config.n_masks} masks an image, {self.n_keep} of {self.student.n_patches} patches seen; "
+            f"the target is the feed-forward outputs of the top {len(self.top_blocks)} of {self.student.depth} blocks"
+        )
+
+    def views(self) -> ViewTransform:
+        return Views(augmentation(self.student.image_size, (self.config.crop_min, 1.0), self.config.flip))
+
+    def masks(self) -> MaskSampler:
+        c = self.config
+        return InverseBlockMasks(self.student.grid, c.n_masks, self.n_keep, c.mask_adjust, c.block_size)
+
+    def shared_by_step(self, generator: Generator) -> dict[str, Tensor]:
+        return {"noise": NOISE * torch.randn(1, self.student.n_patches, self.student.embed_dim, generator=generator)}
+
+    def training_step(self, views: list[Tensor], masks: dict[str, Tensor]) -> Output:
+        keep, query = masks["keep"], masks["query"]
+        B, M, Q = query.shape
+        target = self.target(views[0])  # [B, S, D], once for all masks
+        hidden_target = take(target, query.flatten(1)).view(B, M, Q, -1)
+        encoded = self.student.encode(views[0], keep=keep)  # [B*M, K, D]
+        prediction = self.decode(encoded.tokens, keep.flatten(0, 1), query.flatten(0, 1), masks.get("noise"))
+        prediction = prediction.view(B, M, Q, -1)
+        loss = scaled_square(prediction, hidden_target)
+        logs = target_health(hidden_target, prediction)
+        if self.student.vit.cls_token is not None and self.config.class_weight:
+            class_token = at_least_fp32(encoded.prefix[:, 0]).view(B, M, -1)
+            class_loss = scaled_square(class_token, target.mean(dim=1, keepdim=True).expand_as(class_token))
+            logs["class_loss"] = class_loss.detach()
+            loss = loss + self.config.class_weight * class_loss
+        embedding = encoded.tokens.detach().mean(dim=1).view(B, M, -1).mean(dim=1)
+        extras = {"prediction": prediction, "target": hidden_target, "keep": keep, "query": query}
+        return Output(loss, embedding, logs, extras)
+
+    @torch.no_grad()
+    def target(self, images: Tensor) -> Tensor:
+        """y = LN((1 / T) sum over the top T blocks of IN(f)), f a block's feed-forward output: [B, S, D]."""
+        hidden = self.teacher.encode(images, hidden=self.top_blocks, output="ffn").hidden
+        return mean_of_blocks(hidden, "instance")
+
+    def decode(self, tokens: Tensor, keep: Tensor, query: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Visible tokens [R, K, D] at keep [R, K] -> predictions [R, Q, D] at query [R, Q], in at least fp32.
+
+        The other places of the grid hold noise [1, S, D], drawn unless given.
+        """
+        if noise is None:
+            noise = NOISE * torch.randn(1, self.student.n_patches, tokens.shape[-1], device=tokens.device)
+        canvas = noise.to(tokens.dtype).expand(len(tokens), -1, -1)
+        canvas = canvas.scatter(1, keep.unsqueeze(-1).expand_as(tokens), tokens)
+        return at_least_fp32(self.regressor(take(self.decoder(canvas), query)))
+
+
+def scaled_square(prediction: Tensor, target: Tensor) -> Tensor:
+    """Squared error summed over the D channels, over root D, mean over tokens (the published code's scale)."""
+    return (prediction - target).square().mean() * prediction.shape[-1] ** 0.5

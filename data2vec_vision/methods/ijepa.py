@@ -1,0 +1,150 @@
+"""I-JEPA: from one block of an image, predict what a slow copy of the encoder makes of four other blocks.
+
+Assran et al. 2023, "Self-Supervised Learning from Images with a Joint-Embedding Predictive Architecture",
+section 3. Shapes: B batch, S patches, K context patches, M target blocks, Q patches of a block, D width of
+the encoder, W of the predictor.
+
+What differs from the published code: the sampler's biases are mended (`multiblock` says which;
+`official_sampler=true` has them back), and the context has the same size whatever the batch.
+"""
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from timm.layers import trunc_normal_
+from timm.models.vision_transformer import VisionTransformer
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from data2vec_vision.decoder import MaskedVisionTransformerDecoder, decoder_width, trunc_normal
+from data2vec_vision.ema import frozen_copy
+from data2vec_vision.errors import InputError
+from data2vec_vision.knobs import knob
+from data2vec_vision.masking import MaskSampler, multiblock, multiblock_official, share
+from data2vec_vision.methods.base import Method, Output
+from data2vec_vision.patches import take
+from data2vec_vision.schedules import cosine
+from data2vec_vision.targets import at_least_fp32, layer_norm, target_health
+from data2vec_vision.transforms import Views, ViewTransform, augmentation
+from data2vec_vision.vit import DEFAULT_MODEL, fix_position
+
+SMALLEST_GRID = 4  # patches a side; below it a target block would be a single patch
+
+
+@dataclass(frozen=True)
+class MultiBlockMasks:
+    """Draws {"keep": the context of one image, int64 [K], "query": its target blocks, int64 [M, Q]}."""
+
+    grid: tuple[int, int]
+    n_targets: int
+    n_context: int
+    official: bool
+
+    def __call__(self, generator: Generator, shared: Generator) -> dict[str, Tensor]:
+        if self.official:
+            context, targets = multiblock_official(self.grid, self.n_targets, generator, shared)
+        else:
+            context, targets = multiblock(self.grid, self.n_targets, self.n_context, generator, shared)
+        return {"keep": context, "query": targets}
+
+
+class IJEPA(Method):
+    """I-JEPA (Assran et al. 2023)."""
+
+    @dataclass(frozen=True)
+    class Config(Method.Config):
+        n_targets: int = knob(4, "target blocks an image", "[1, inf)", "4")
+        context_ratio: float = knob(0.25, "share of the patches in the context", "(0, 1)", "about 0.25, by its batches")
+        official_sampler: bool = knob(False, "sample blocks as the published code does, biases included", paper="true")
+        predictor_dim: int | None = knob(None, "width of the predictor; none: half the encoder's", "[4, inf)", "384")
+        predictor_depth: int | None = knob(
+            None, "blocks of the predictor; none: half the encoder's", "[1, inf)", "6 to 16"
+        )
+        beta: float = knob(1.0, "error at which smooth L1 turns from square to straight", "[0, inf)", "1", "beta")
+        tau_initial: float = knob(0.996, "the teacher's EMA factor at the start", "[0, 1]", "0.996", "tau_initial")
+        tau_end: float = knob(1.0, "the teacher's EMA factor after its rise", "[0, 1]", "1", "tau_end")
+        tau_increase_pct: float = knob(1.0, "share of the run in which tau rises", "[0, 1]", "1", "tau_increase_pct")
+        weight_decay_end: float = knob(0.4, "weight decay at the end, reached by a cosine", "[0, inf)", "0.4")
+        crop_min: float = knob(0.3, "smallest share of the image that a crop keeps", "(0, 1]", "0.3")
+        flip: float = knob(0.0, "probability of a mirror image", "[0, 1]", "0")
+
+    # No clipping, and no decay at first but little: the published configuration.
+    recipe = MappingProxyType({"max_lr_at_256": 1e-3, "warmup_pct": 0.1, "weight_decay": 0.04, "clip_grad": 0.0})
+    class_token = False
+
+    def __init__(
+        self,
+        encoder: str | VisionTransformer = DEFAULT_MODEL,
+        image_size: int | tuple[int, int] | None = None,
+        pretrained: bool = False,
+        **knobs: Any,
+    ):
+        super().__init__(encoder, image_size, pretrained, **knobs)
+        c, student = self.config, self.student
+        if min(student.grid) < SMALLEST_GRID:
+            rows, columns = student.grid
+            raise InputError(
+                f"a grid of {rows} x {columns} patches is too small for the blocks of I-JEPA, which needs "
+                f"{SMALLEST_GRID} x {SMALLEST_GRID}; use a larger --image-size or a smaller --patch-size"
+            )
+        self.n_context = share(c.context_ratio, student.n_patches)
+        W = c.predictor_dim or decoder_width(1 / 2, student.embed_dim, student.num_heads)
+        depth = c.predictor_depth or max(1, student.depth // 2)
+        self.embed = nn.Linear(student.embed_dim, W)
+        self.predictor = MaskedVisionTransformerDecoder(student.grid, W, depth, student.num_heads, init="trunc_normal")
+        self.head = nn.Linear(W, student.embed_dim)
+        self.embed.apply(trunc_normal)
+        self.head.apply(trunc_normal)
+        self.teacher = frozen_copy(self.student)
+        self._refuse_masks_that_do_not_fit()
+
+    @staticmethod
+    def initialize(vit: VisionTransformer) -> None:
+        fix_position(vit)
+        trunc_normal_(vit.patch_embed.proj.weight, std=0.02)
+
+    def _refuse_masks_that_do_not_fit(self) -> None:
+        """Raises InputError when the blocks asked for leave no context: now, rather than in a worker."""
+        draw = self.masks()
+        for seed in range(20):
+            draw(Generator().manual_seed(seed), Generator().manual_seed(seed))
+
+    def describe(self) -> str:
+        c, predictor = self.config, self.predictor
+        context = "what they leave of a large block" if c.official_sampler else f"{self.n_context} patches"
+        return (
+            f"1 view an image; from {context} of {self.student.n_patches} a predictor of {predictor.dim} x "
+            f"{len(predictor.blocks)} tells what the teacher makes of {c.n_targets} blocks"
+        )
+
+    def views(self) -> ViewTransform:
+        return Views(augmentation(self.student.image_size, (self.config.crop_min, 1.0), self.config.flip))
+
+    def masks(self) -> MaskSampler:
+        c = self.config
+        return MultiBlockMasks(self.student.grid, c.n_targets, self.n_context, c.official_sampler)
+
+    def training_step(self, views: list[Tensor], masks: dict[str, Tensor]) -> Output:
+        keep, query = masks["keep"], masks["query"]
+        B, M, Q = query.shape
+        target = take(self.target(views[0]), query.flatten(1)).view(B, M, Q, -1)
+        encoded = self.student.encode(views[0], keep=keep)
+        # A row is one block of one image, image by image, so that blocks do not see each other's queries.
+        context, places = (x.repeat_interleave(M, dim=0) for x in (self.embed(encoded.tokens), keep))
+        predicted = self.predictor(context, places, query.flatten(0, 1)).queries
+        prediction = at_least_fp32(self.head(predicted)).view(B, M, Q, -1)
+        loss = F.smooth_l1_loss(prediction, target, beta=self.config.beta)
+        logs = target_health(target, prediction)
+        logs |= {"context_patches": loss.new_tensor(keep.shape[1]), "target_patches": loss.new_tensor(Q)}
+        extras = {"prediction": prediction, "target": target, **masks}
+        return Output(loss, encoded.tokens.detach().mean(dim=1), logs, extras)
+
+    @torch.no_grad()
+    def target(self, images: Tensor) -> Tensor:
+        """What the teacher makes of the whole images, each token layer-normed: [B, 3, H, W] -> [B, S, D]."""
+        return layer_norm(at_least_fp32(self.teacher.encode(images).tokens))
+
+    def weight_decay(self, first: float, progress: float) -> float:
+        return cosine(first, self.config.weight_decay_end, progress)

@@ -1,0 +1,174 @@
+"""SwAV: each large crop is assigned to prototypes, and every other crop of the image must predict that assignment.
+
+Caron et al. 2020, "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", section 3.
+Shapes: B batch, V views, D width, E width of the projections, C prototypes, L queue.
+
+There is no teacher. Batch norm and Sinkhorn are over the images of one forward pass in all processes,
+and for Sinkhorn the queue: gradient accumulation does not enlarge what they see, the queue does.
+"""
+
+from dataclasses import dataclass
+from itertools import groupby
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from data2vec_vision import distributed
+from data2vec_vision.distributed import BatchNorm
+from data2vec_vision.knobs import knob
+from data2vec_vision.methods.base import Method, Output
+from data2vec_vision.prototypes import Prototypes, prototype_use, sinkhorn
+from data2vec_vision.targets import at_least_fp32
+from data2vec_vision.transforms import Views, ViewTransform, local_crop_count, local_crop_size, strong_augmentation
+from data2vec_vision.vit import DEFAULT_MODEL, pooled
+
+
+class SwAV(Method):
+    """Swapping assignments between views (Caron et al. 2020)."""
+
+    @dataclass(frozen=True)
+    class Config(Method.Config):
+        n_local: int | None = knob(None, "small crops an image; none: 6, fewer on small images", "[0, inf)", "6")
+        n_prototypes: int = knob(1000, "prototypes", "[2, inf)", "3000")
+        temperature: float = knob(0.1, "of the predictions", "(0, inf)", "0.1")
+        epsilon: float = knob(0.05, "temperature of the assignments", "(0, inf)", "0.05")
+        queue_length: int = knob(
+            1280, "earlier images that Sinkhorn sees too; 0: none", "[0, inf)", "3840 at batch 256"
+        )
+        queue_start: float = knob(0.15, "share of the run after which the queue fills", "[0, 1]", "0.15 of 100 epochs")
+        freeze_prototypes: float = knob(0.01, "share of the run in which the prototypes rest", "[0, 1)", "1 epoch")
+        head_dim: int = knob(2048, "width of the head's hidden layer", "[1, inf)", "2048")
+        projection_dim: int = knob(128, "width of what is compared with the prototypes", "[1, inf)", "128")
+        crop_min: float = knob(0.14, "smallest share of the image in the two large crops", "(0, 1]", "0.14")
+        local_min: float = knob(0.05, "smallest share of the image in a small crop", "(0, 1]", "0.05")
+        color_jitter: float = knob(1.0, "strength of the colour jitter", "[0, 1]", "1")
+        blur: float = knob(0.5, "probability of a blur", "[0, 1]", "0.5")
+        flip: float = knob(0.5, "probability of a mirror image", "[0, 1]", "0.5")
+
+    # The paper's SGD with LARC is for ResNets; AdamW is what DINO trained SwAV's ViT with.
+    recipe = MappingProxyType({"max_lr_at_256": 5e-4, "warmup_pct": 0.1, "weight_decay": 0.05, "clip_grad": 3.0})
+    pool = "cls"
+    view_names = ("global_views", "local_views")
+    fewest_views = 2
+    smallest_batch = 2
+    batch_statistics = "batch norm and Sinkhorn"
+
+    queue: Tensor
+
+    def __init__(
+        self,
+        encoder: str | VisionTransformer = DEFAULT_MODEL,
+        image_size: int | tuple[int, int] | None = None,
+        pretrained: bool = False,
+        **knobs: Any,
+    ):
+        super().__init__(encoder, image_size, pretrained, **knobs)
+        c, student = self.config, self.student
+        self.n_local = local_crop_count(student.grid, 6) if c.n_local is None else c.n_local
+        self.head = nn.Sequential(
+            nn.Linear(student.embed_dim, c.head_dim, bias=False),  # the norm would remove a bias
+            BatchNorm(c.head_dim),
+            nn.ReLU(),
+            nn.Linear(c.head_dim, c.projection_dim),
+        )
+        self.prototypes = Prototypes(c.n_prototypes, c.projection_dim)
+        self.prototypes.renormalize()
+        # Projections of the two large crops of the images last seen, newest first; the same in every process.
+        self.register_buffer("queue", torch.zeros(2, c.queue_length, c.projection_dim))
+        self.queued = 0  # images in the queue so far
+        self._waiting: list[Tensor] = []  # projections [b, 2, E] of this step, which join the queue after it
+
+    def describe(self) -> str:
+        c = self.config
+        queue = f", balanced with the last {c.queue_length} images" if c.queue_length else ""
+        return (
+            f"2 views and {self.n_local} small crops an image; each of the 2 views is assigned to {c.n_prototypes} "
+            f"prototypes{queue}, and all others predict that"
+        )
+
+    def views(self) -> ViewTransform:
+        c, size = self.config, self.student.image_size
+        look = {"flip": c.flip, "color_jitter": c.color_jitter, "blur": c.blur, "full_size": min(size)}
+        large = strong_augmentation(size, (c.crop_min, 1.0), **look)
+        small = strong_augmentation(
+            local_crop_size(size, self.student.patch_size), (min(c.local_min, c.crop_min), c.crop_min), **look
+        )
+        return Views(large, large, *[small] * self.n_local)
+
+    def training_step(self, views: list[Tensor], masks: dict[str, Tensor]) -> Output:
+        V, B = len(views), len(views[0])
+        feature = torch.cat(
+            [
+                pooled(self.student.encode(torch.cat(list(same))), self.student.pool)
+                for _, same in groupby(views, key=lambda view: view.shape)  # one pass of the encoder a resolution
+            ]
+        )
+        z = F.normalize(at_least_fp32(self.head(feature)), dim=1)  # one batch norm over all crops: [V*B, E]
+        self.prototypes.renormalize()
+        scores = self.prototypes.scores(z).view(V, B, -1)
+        log_p = (scores / self.config.temperature).log_softmax(dim=2)
+        codes = torch.stack([self.codes(scores[i].detach(), i) for i in range(2)])  # [2, B, C]
+        loss = swapped_prediction(log_p, codes)
+        if self.config.queue_length:
+            self._wait_for_queue(z.detach().view(V, B, -1)[:2].transpose(0, 1))
+        logs = prototype_use(log_p[:2].detach().flatten(0, 1), codes.flatten(0, 1))
+        extras = {"scores": scores, "codes": codes, "projection": z.view(V, B, -1)}
+        return Output(loss, feature[:B].detach(), logs, extras)
+
+    @torch.no_grad()
+    def codes(self, scores: Tensor, crop: int) -> Tensor:
+        """The balanced assignments of one large crop, 0 or 1: scores [B, C] -> [B, C], rows sum to one (section 3.1).
+
+        A full queue takes part in the balance, scored with the present prototypes; each process brings its share of it.
+        """
+        B = len(scores)
+        if self.config.queue_length and self.queued >= self.config.queue_length:
+            share = self.queue[crop, distributed.rank() :: distributed.processes()].to(scores.dtype)
+            scores = torch.cat([scores, self.prototypes.scores(share)])
+        return sinkhorn(scores / self.config.epsilon)[:B]
+
+    def _wait_for_queue(self, projections: Tensor) -> None:
+        """Keep [b, 2, E] for `after_step`, not more of them than the queue holds."""
+        self._waiting.append(projections)
+        while sum(len(p) for p in self._waiting[1:]) >= self.config.queue_length:
+            self._waiting.pop(0)
+
+    def before_step(self, progress: float) -> None:
+        super().before_step(progress)
+        if progress <= self.config.freeze_prototypes:
+            self.prototypes.weight.grad = None  # not zero: the optimizer's moments and decay would still move them
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        super().after_step(progress)
+        waiting, self._waiting = self._waiting, []
+        if progress < self.config.queue_start or not waiting:
+            return
+        # In the order of the stream; a pass that was not finite must not spoil the passes to come.
+        new = torch.cat([distributed.gather(p) for p in waiting]).nan_to_num().flip(0).transpose(0, 1)
+        self.queue = torch.cat([new.to(self.queue.dtype), self.queue], dim=1)[:, : self.config.queue_length]
+        self.queued = min(self.queued + new.shape[1], self.config.queue_length)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.queued)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.queued = int(state)
+
+
+def swapped_prediction(log_p: Tensor, codes: Tensor) -> Tensor:
+    """Mean cross entropy of each code with every view but its own (equation 1, for multi-crop section 3.2).
+
+    log_p [V, B, C] are the log-predictions of the views, codes [2, B, C] the assignments of the first two.
+    """
+    V = len(log_p)
+    total = log_p.new_zeros(())
+    for i, code in enumerate(codes):
+        for v in range(V):
+            if v != i:
+                total = total - (code * log_p[v]).sum(dim=1).mean()
+    return total / (len(codes) * (V - 1))
