@@ -23,6 +23,7 @@ _NAMES = {
     "MaskedVisionTransformerDecoder": "decoder",
     "Features": "vit",
     "load": "checkpoint",
+    "load_method": "methods",
     "open_image": "sources",
     "save_encoder": "checkpoint",
     "InputError": "errors",

@@ -5,6 +5,7 @@ every write goes to a temporary file that is flushed to the disk and then rename
 leaves either the old file or the new one.
 """
 
+import math
 import os
 import pickle
 from collections.abc import Iterator
@@ -197,9 +198,11 @@ def load_weights(vit: VisionTransformer, path: str | os.PathLike[str]) -> Start:
         check_content(path, content)
     if content.get("format") == TRAINING:
         content = content["encoders"]["student"]
-    weights = content.get("state_dict", content.get("model", content))
+    weights = dict(content.get("state_dict", content.get("model", content)))
+    if vit.cls_token is None:
+        weights = without_class_token(weights)
     try:
-        weights = checkpoint_filter_fn(dict(weights), vit)
+        weights = checkpoint_filter_fn(weights, vit)
     except (AttributeError, TypeError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(f"--init {path} holds no weights of a ViT: {one_line(error)}") from error
     # The last norm is `fc_norm` in timm's models that pool before it, and `norm` in student files.
@@ -215,6 +218,18 @@ def load_weights(vit: VisionTransformer, path: str | os.PathLike[str]) -> Start:
     vit.load_state_dict({name: weights[name] for name in vit.state_dict()})
     transform = content.get("transform", {})
     return Start({n: tuple(transform[n]) for n in ("mean", "std") if n in transform}, content.get("mask_token"))
+
+
+def without_class_token(weights: dict[str, Any]) -> dict[str, Any]:
+    """Weights for an encoder without class token: the token goes, and its row of the position embedding."""
+    if weights.pop("cls_token", None) is None:
+        return weights
+    position = weights.get("pos_embed")
+    registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
+    # There is a row for the token when what is left without it and the registers is a square of patches.
+    if isinstance(position, Tensor) and math.isqrt(S := position.shape[1] - 1 - registers) ** 2 == S:
+        weights["pos_embed"] = position[:, 1:]
+    return weights
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:

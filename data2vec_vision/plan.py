@@ -21,13 +21,12 @@ from data2vec_vision.config import (
     steps_per_epoch,
 )
 from data2vec_vision.device import cores, device_exists, find_device, fused_attention_pays, multiplies_bf16, versions
-from data2vec_vision.errors import InputError, one_line
+from data2vec_vision.errors import InputError
 from data2vec_vision.knobs import knobs_from, option_defaults
 from data2vec_vision.methods.base import Method
 from data2vec_vision.schedules import Plan
 from data2vec_vision.seeding import seeded
 from data2vec_vision.sources import ImageFolder, open_source
-from data2vec_vision.transforms import ImageTransform
 from data2vec_vision.vit import DEFAULT_MODEL, build_vit
 
 # What a resumed run may do differently, because it does not change what is computed.
@@ -132,12 +131,7 @@ def restore(config: TrainConfig, given: Mapping[str, Any]) -> Job:
     method_class = methods.find(config.method)
     vit, _ = build_encoder(config, method_class, weights=False)
     method = method_class(vit, **knobs_from(method_class.Config, config, config.method))
-    try:
-        method.load_state_dict(content["method_state"])
-    except RuntimeError as error:
-        raise InputError(f"the weights in {path} are of another shape: {one_line(error)}") from error
-    for name, encoder in method.encoders.items():
-        encoder.transform = ImageTransform.from_dict(content["encoders"][name]["transform"])
+    method.load_content(content, path)
     return made_ready(Job(config, {}, source, method.to(device), schedule, device, step, content))
 
 

@@ -8,11 +8,14 @@ import pkgutil
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from data2vec_vision.config import flag
+from data2vec_vision.checkpoint import read_training
+from data2vec_vision.config import TrainConfig, flag, from_json
 from data2vec_vision.errors import InputError, one_line
-from data2vec_vision.knobs import knobs
+from data2vec_vision.knobs import knobs, knobs_from
 from data2vec_vision.methods.base import Method
+from data2vec_vision.vit import build_vit
 
 _files: set[str] = set()  # the modules that are files of the user's
 
@@ -34,6 +37,22 @@ def find(name: str) -> type[Method]:
     near = difflib.get_close_matches(name, names(), n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names())}"
     raise InputError(f"there is no method {name!r}; {hint}")
+
+
+def load_method(path: str | os.PathLike[str], map_location: Any = "cpu") -> Method:
+    """The whole method in a training checkpoint, with its teacher, heads and decoder, in eval mode.
+
+    For a look inside, such as MAE's reconstructions; a run is continued with `train --resume-checkpoint`.
+    Raises InputError for any other file.
+    """
+    content = read_training(path)
+    config = TrainConfig(**from_json(content["config"], str(path)))
+    described = content["encoders"]["student"]["encoder"]
+    method_class = find(config.method)
+    vit = build_vit(described["model"], **described["arguments"])
+    method = method_class(vit, **knobs_from(method_class.Config, config, config.method))
+    method.load_content(content, path)
+    return method.to(map_location).eval()
 
 
 def _import_file(path: Path) -> ModuleType:

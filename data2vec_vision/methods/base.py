@@ -15,11 +15,11 @@ from torch import Generator, Tensor, nn
 
 from data2vec_vision.checkpoint import load_encoder
 from data2vec_vision.ema import ema_update
-from data2vec_vision.errors import InputError
+from data2vec_vision.errors import InputError, one_line
 from data2vec_vision.knobs import check_knobs
 from data2vec_vision.masking import MaskSampler, no_masks, stack_masks
 from data2vec_vision.schedules import linear_ramp
-from data2vec_vision.transforms import ViewTransform
+from data2vec_vision.transforms import ImageTransform, ViewTransform
 from data2vec_vision.vit import DEFAULT_MODEL, MaskedVisionTransformer, build_vit
 
 
@@ -113,6 +113,18 @@ class Method(nn.Module):
     def encoders(self) -> dict[str, MaskedVisionTransformer]:
         """The encoders that a run saves, by name: the student, and the teacher where there is one."""
         return {"student": self.student} | ({} if self.teacher is None else {"teacher": self.teacher})
+
+    def load_content(self, content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+        """Take over what a training checkpoint has: all weights and states, and the transforms of images.
+
+        Raises InputError when the weights are of another shape.
+        """
+        try:
+            self.load_state_dict(content["method_state"])
+        except RuntimeError as error:
+            raise InputError(f"the weights in {path} are of another shape: {one_line(error)}") from error
+        for name, encoder in self.encoders.items():
+            encoder.transform = ImageTransform.from_dict(content["encoders"][name]["transform"])
 
     def describe(self) -> str:
         """What the method will do, in one line for the plan: views, masks, target."""

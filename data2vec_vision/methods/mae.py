@@ -7,22 +7,26 @@ The decoder gets the visible tokens at their places and mask tokens at the hidde
 between; it is the same function as the paper's un-shuffling, in another order of tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms.v2.functional import to_pil_image
 
 from data2vec_vision.decoder import MaskedVisionTransformerDecoder, xavier
 from data2vec_vision.knobs import knob
 from data2vec_vision.masking import MaskSampler, others, random_keep, share
 from data2vec_vision.methods.base import Method, Output
 from data2vec_vision.patches import patchify, take, unpatchify
+from data2vec_vision.pictures import grid, masked
 from data2vec_vision.targets import at_least_fp32, target_health
-from data2vec_vision.transforms import Views, ViewTransform, augmentation
+from data2vec_vision.transforms import UnNormalize, Views, ViewTransform, augmentation
 from data2vec_vision.vit import DEFAULT_MODEL, fix_position
 
 
@@ -145,3 +149,17 @@ class MAE(Method):
         patches = patches.scatter(1, index, prediction.to(patches.dtype))
         rows, columns = images.shape[2] // self.student.patch_size, images.shape[3] // self.student.patch_size
         return unpatchify(patches, self.student.patch_size, (rows, columns)), masks
+
+    def picture(self, images: Sequence[Image.Image], masks: dict[str, Tensor] | None = None) -> Image.Image:
+        """A row an image: the image, what the encoder sees of it, and the reconstruction."""
+        transform = self.student.transform
+        views = torch.stack([transform.resized(image) for image in images])
+        device = next(self.parameters()).device
+        pixels, masks = self.reconstruct(transform.normalized(views.to(device)), masks)
+        pixels = (UnNormalize(transform.mean, transform.std)(pixels).clamp(0, 1) * 255).round().byte().cpu()
+        rows = []
+        for n, view in enumerate(views):
+            seen = masked(view, self.student.patch_size, {name: mask[n].cpu() for name, mask in masks.items()})
+            tiles = (to_pil_image(view), "image"), (seen, "what it sees"), (to_pil_image(pixels[n]), "reconstruction")
+            rows.append([(tile, caption, None) for tile, caption in tiles])
+        return grid(rows, side=144)
