@@ -13,6 +13,7 @@ from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from data2vec_vision.errors import InputError
 from data2vec_vision.patches import sincos_position, take
 
 
@@ -34,7 +35,7 @@ class MaskedVisionTransformerDecoder(nn.Module):
 
     grid: (rows, columns) of patches. n_prefix: how many prefix tokens precede the patches; their position is
     zero. init: "xavier" as in MAE, or "trunc_normal" as in I-JEPA. drop_path rises linearly over the blocks.
-    Raises ValueError when `dim` is not a multiple of 4 and of `num_heads`.
+    Raises InputError when `dim` is not a multiple of 4 and of `num_heads`.
     """
 
     position: Tensor
@@ -51,8 +52,8 @@ class MaskedVisionTransformerDecoder(nn.Module):
         init: Literal["xavier", "trunc_normal"] = "xavier",
     ):
         super().__init__()
-        if dim % 4 or dim % num_heads:
-            raise ValueError(f"a decoder of width {dim} cannot have {num_heads} heads: 4 and they must divide it")
+        if dim % (unit := math.lcm(4, num_heads)):
+            raise InputError(f"a decoder of width {dim} cannot have {num_heads} head(s); use a multiple of {unit}")
         self.grid, self.dim, self.n_prefix = grid, dim, n_prefix
         position = torch.cat([torch.zeros(n_prefix, dim), sincos_position(grid, dim)])
         self.register_buffer("position", position, persistent=False)

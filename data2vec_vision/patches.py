@@ -8,6 +8,8 @@ embedding's convolution kernel.
 import torch
 from torch import Tensor
 
+from data2vec_vision.errors import InputError
+
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """[B, C, H, W] -> [B, S, C*P*P]. Raises ValueError when P does not divide H and W."""
@@ -40,10 +42,10 @@ def sincos_position(grid: tuple[int, int], dim: int) -> Tensor:
     """Fixed 2-D sin-cos positions of a grid of (rows, columns): [S, dim], in the order of MAE and I-JEPA.
 
     The first half of the channels encodes the column, the second the row; each half is [sin | cos] of
-    dim / 4 frequencies from 1 down to 1 / 10000. Raises ValueError when 4 does not divide dim.
+    dim / 4 frequencies from 1 down to 1 / 10000. Raises InputError when 4 does not divide dim.
     """
     if dim % 4:
-        raise ValueError(f"sin-cos positions need a width that is a multiple of 4, got {dim}")
+        raise InputError(f"sin-cos positions need a width that is a multiple of 4, got {dim}; use {-(-dim // 4) * 4}")
     frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     rows, columns = (torch.arange(n, dtype=torch.float64) for n in grid)
     row, column = torch.meshgrid(rows, columns, indexing="ij")

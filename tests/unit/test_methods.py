@@ -108,7 +108,7 @@ def test_it_learns_eight_images_by_heart(name):
     views, masks = batch(method, count=8)
     optimizer = torch.optim.AdamW(method.param_groups(0.0), 3e-3)
     losses = []
-    for step in range(150):
+    for _ in range(150):
         out = method(views, masks=masks)
         optimizer.zero_grad()
         out.loss.backward()
@@ -219,7 +219,7 @@ def test_views_and_masks_are_functions_of_their_seeds_and_travel_to_workers(name
     assert masks.keys() == same.keys() and all(torch.equal(masks[k], same[k]) for k in masks)
     assert any(not torch.equal(a, b) for a, b in zip(one, other))
     assert all(v.dtype == torch.uint8 and v.shape[0] == 3 and v.shape[1] % 4 == 0 for v in one)
-    assert all(m.dtype == torch.int64 and 0 <= m.min() and m.max() < 16 for m in masks.values())
+    assert all(m.dtype == torch.int64 and m.min() >= 0 and m.max() < 16 for m in masks.values())
     assert not masks or any(not torch.equal(masks[k], changed[k]) for k in masks)
     assert all(torch.equal(a, b) for a, b in zip(method.shared_by_step(generator(5)).values(),
                                                  method.shared_by_step(generator(5)).values()))  # fmt: skip
@@ -228,7 +228,7 @@ def test_views_and_masks_are_functions_of_their_seeds_and_travel_to_workers(name
 @pytest.mark.parametrize("name", NAMES)
 def test_in_eval_mode_and_for_images_it_gives_the_embedding_of_the_whole_image(name):
     method = make(name)
-    views, masks = batch(method)
+    views, _ = batch(method)
     expected = method.student.embed(views[0])
     for out in (method(images=views[0]), method.eval()(views), method(views[0])):
         torch.testing.assert_close(out.embedding, expected)

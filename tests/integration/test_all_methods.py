@@ -1,0 +1,211 @@
+"""Every method from the command line: a run, its files, a stop and its continuation, slices, processes, a method of one's own."""
+
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, metrics, same_state
+from test_processes import torchrun
+from test_resume import signal_after, untimed
+
+import data2vec_vision as d2v
+from data2vec_vision import methods
+from data2vec_vision.checkpoint import load_encoder
+
+SMALL = ["--set", "n_prototypes=16", "--set", "head_dim=32"]
+OPTIONS = {
+    "data2vec": [],
+    "data2vec2": ["--set", "n_masks=2"],
+    "ijepa": [],
+    "mae": [],
+    "msn": SMALL,
+    "swav": [*SMALL, "--set", "queue_length=8", "--set", "queue_start=0.2", "--set", "freeze_prototypes=0.1"],
+}
+HEALTH = {
+    "data2vec": {"target_std", "prediction_std"},
+    "data2vec2": {"target_std", "prediction_std", "class_loss"},
+    "ijepa": {"target_std", "prediction_std", "context_patches", "target_patches"},
+    "mae": {"target_std", "prediction_std"},
+    "msn": {"cross_entropy", "prototypes_used", "target_max", "entropy"},
+    "swav": {"prototypes_used", "target_max", "entropy"},
+}
+TEACHERS = {"data2vec", "data2vec2", "ijepa", "msn"}
+
+
+def test_the_table_is_of_all_methods():
+    assert sorted(OPTIONS) == methods.names()
+
+
+def run(cli, images, name, folder, *more):
+    code, out, err = cli(
+        "train", images, *TINY, "--epochs", 2, "--method", name, *OPTIONS[name], "--checkpoint-out-dir", folder, *more
+    )
+    return code, out, err
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_run_and_what_comes_of_it(cli, images, name):
+    code, out, err = run(cli, images, name, "a", "--workers", 1, "--precision", "bf16")
+    assert code == 0, err
+    assert f"Method   {name}: " in out and ("Batch    batch norm" in out) == (name in ("msn", "swav"))
+    lines = metrics("a")
+    assert len(lines) == 12 and all(np.isfinite(line["loss"]) and line["skipped"] == 0 for line in lines)
+    assert HEALTH[name] <= lines[0].keys()
+    assert ("tau" in lines[0]) == (name in TEACHERS) == Path("a/teacher_1.pt").exists()
+    code, out, err = cli("extract", "a/student_1.pt", images, "--output", "features.npz")
+    assert code == 0 and f"({name})" in out, err
+    features = np.load("features.npz")["features"]
+    assert features.shape == (24, 32) and np.isfinite(features).all() and features.std(axis=0).max() > 0
+    encoder, content = load_encoder("a/student_1.pt")
+    assert content["method"] == name and encoder.pool == ("cls" if name in ("msn", "swav") else "mean")
+    cls = methods.find(name)
+    assert torch.equal(
+        cls.from_pretrained("a/student_1.pt").vit.patch_embed.proj.weight, encoder.vit.patch_embed.proj.weight
+    )
+    other = d2v.MAE if name != "mae" else d2v.MSN
+    with pytest.raises(ValueError, match=f"was trained with {name}, not"):
+        other.from_pretrained("a/student_1.pt")
+    whole = d2v.load_method("a/checkpoint_1.pt")
+    assert type(whole) is cls and not whole.training
+    stored = torch.load("a/checkpoint_1.pt", weights_only=True)["method_state"]
+    assert all(torch.equal(value, stored[key]) for key, value in whole.state_dict().items())
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_run_stopped_in_the_middle_continues_bit_for_bit_with_other_workers(cli, images, name):
+    assert run(cli, images, name, "whole")[0] == 0
+    with signal_after(7, signal.SIGTERM):
+        assert run(cli, images, name, "stopped", "--workers", 1)[0] == 143
+    code, _, err = cli("train", "--resume-checkpoint", "stopped/checkpoint_last.pt", "--workers", 0)
+    assert code == 0, err
+    assert same_state("whole/checkpoint_1.pt", "stopped/checkpoint_1.pt")
+    assert untimed(metrics("stopped")) == untimed(metrics("whole"))
+
+
+@pytest.mark.parametrize("name", sorted(set(methods.names()) - {"msn", "swav"}))
+def test_accumulation_slices_the_same_step(cli, images, name):
+    run(cli, images, name, "one")
+    assert run(cli, images, name, "two", "--batch-size", 2, "--grad-accum", 2)[0] == 0
+    for one, two in zip(metrics("one"), metrics("two"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["data2vec2", "msn", "swav"])
+def test_two_processes_make_the_run_of_one(cli, images, name):
+    """Noise, batch norm, Sinkhorn, mean entropy and queue are those of all images of the pass."""
+    run(cli, images, name, "one")
+    options = [*TINY, "--epochs", 2, "--method", name, *OPTIONS[name]]
+    process = torchrun(2, "train", images, *options, "--checkpoint-out-dir", "two")
+    assert process.returncode == 0, process.stderr
+    for one, two in zip(metrics("one"), metrics("two"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=2e-2)
+        assert two.get("prototypes_used") == one.get("prototypes_used")
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_the_plan_has_a_picture_of_what_it_sees(cli, images, name):
+    code, out, err = run(cli, images, name, "plan", "--dry-run")
+    assert code == 0 and "Nothing was trained" in out and Path("plan/views.png").stat().st_size > 1000, err
+
+
+def test_weights_go_from_method_to_method(cli, images):
+    """From an encoder with class token to I-JEPA, which has none, and on to MAE."""
+    assert run(cli, images, "mae", "a")[0] == 0
+    code, _, err = run(cli, images, "ijepa", "b", "--init", "a/student_1.pt")
+    assert code == 0, err
+    first, second = (load_encoder(f"{f}/student_1.pt")[0].vit for f in ("a", "b"))
+    assert second.cls_token is None and second.pos_embed.shape[1] == first.pos_embed.shape[1] - 1 == 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "mae", "--k", 2], "the method mae does not use --k; leave it out"),
+        (["--method", "swav", "--tau-end", 0.99], "the method swav does not use --tau-end"),
+        (["--method", "swav", "--mask-erase-pct", 0.5], "the method swav does not use --mask-erase-pct"),
+        (["--method", "mae", "--set", "norm_pix=maybe"], "--set norm_pix=maybe: it must be true or false"),
+        (["--method", "msn", "--set", "n_prototype=5"], "no knob 'n_prototype'; did you mean n_prototypes?"),
+        (["--method", "msn", "--set", "n_prototypes=1"], "n_prototypes must be at least 2"),
+        (["--method", "msn", "--set", "mask_ratio=0.5"], "this knob has an option of its own, --mask-erase-pct"),
+        (["--method", "msn", "--batch-size", 1], "--batch-size 1: msn needs 2 images in a pass"),
+        (["--method", "ijepa", "--image-size", 12], "use a larger --image-size or a smaller --patch-size"),
+        (["--method", "ijepa", "--set", "n_targets=30", "--set", "context_ratio=0.9"], "leave no room for a context"),
+        (
+            ["--method", "mae", "--set", "decoder_dim=30"],
+            "a decoder of width 30 cannot have 1 head(s); use a multiple of 4",
+        ),
+        (
+            ["--method", "ijepa", "--set", "predictor_dim=30"],
+            "a decoder of width 30 cannot have 2 head(s); use a multiple",
+        ),
+        (["--method", "mae", "--hidden-dim", 30], "need a width that is a multiple of 4, got 30; use 32"),
+        (["--method", "data2vec2", "--k", 9], "--k 9 is more than the 2 blocks of the encoder"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_a_line(refused, images, arguments, message):
+    assert message in refused("train", images, *TINY, "--epochs", 1, *arguments)
+
+
+OWN = '''
+"""A method of one's own, in one file."""
+from dataclasses import dataclass
+import torch
+from torch import nn
+from data2vec_vision import Method, Output, knob
+from data2vec_vision.masking import random_keep
+from data2vec_vision.transforms import Views, augmentation
+
+
+@dataclass(frozen=True)
+class Keep:
+    n: int
+
+    def __call__(self, generator, shared):
+        return {"keep": random_keep(16, self.n, generator)}
+
+
+class MeanColour(Method):
+    """From some patches, tell the mean colour of all."""
+
+    @dataclass(frozen=True)
+    class Config(Method.Config):
+        n_keep: int = knob(4, "patches that are seen", "[1, 16]")
+
+    recipe = {"max_lr_at_256": 1e-2, "warmup_pct": 0.1, "weight_decay": 0.0, "clip_grad": 1.0}
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.head = nn.Linear(self.student.embed_dim, 3)
+
+    def describe(self):
+        return f"the mean colour from {self.config.n_keep} patches"
+
+    def views(self):
+        return Views(augmentation(self.student.image_size))
+
+    def masks(self):
+        return Keep(self.config.n_keep)
+
+    def training_step(self, views, masks):
+        feature = self.student.encode(views[0], keep=masks["keep"]).tokens.mean(dim=1)
+        prediction, target = self.head(feature).float(), views[0].mean(dim=(2, 3))
+        loss = (prediction - target).square().mean()
+        return Output(loss, feature.detach(), {"target_std": target.std()}, {"prediction": prediction})
+'''
+
+
+def test_a_seventh_method_is_one_file(cli, images):
+    Path("mean_colour.py").write_text(OWN)
+    options = ["--method", "mean_colour.py", "--set", "n_keep=8", "--epochs", 20]
+    code, out, err = cli("train", images, *TINY, *options, "--checkpoint-out-dir", "a", "--save-every", 10)
+    assert code == 0 and "Method   mean_colour.py: the mean colour from 8 patches" in out, err
+    losses = [line["loss"] for line in metrics("a")]
+    assert np.mean(losses[-12:]) < 0.5 * np.mean(losses[:12])
+    assert "--set n_keep=VALUE" in cli("methods", "mean_colour.py")[1]
+    code, _, err = cli("extract", "a/student_19.pt", images, "--output", "f.npy")
+    assert code == 0 and np.load("f.npy").shape == (24, 32), err
+    assert type(d2v.load_method("a/checkpoint_19.pt")).__name__ == "MeanColour"

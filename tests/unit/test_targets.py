@@ -1,0 +1,98 @@
+"""Targets against naive code: every block counts alike, and a collapse shows in the spread over tokens."""
+
+import pytest
+import torch
+
+from data2vec_vision.targets import at_least_fp32, instance_norm, layer_norm, mean_of_blocks, target_health
+
+
+def states(count=3, batch=2, patches=5, width=8):
+    """Hidden states of blocks whose scales and offsets differ by orders of magnitude, as in a deep ViT."""
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(count, batch, patches, width, generator=generator, dtype=torch.float64)
+    return [10.0**n * (h + n) for n, h in enumerate(draws)]
+
+
+def normal(values):
+    """A vector with mean zero and variance one (biased), number by number."""
+    values = values.tolist()
+    mean = sum(values) / len(values)
+    variance = sum((v - mean) ** 2 for v in values) / len(values)
+    return torch.tensor([(v - mean) / (variance + 1e-5) ** 0.5 for v in values], dtype=torch.float64)
+
+
+def naive_layer_norm(h):
+    return torch.stack([torch.stack([normal(token) for token in image]) for image in h])
+
+
+def naive_instance_norm(h):
+    return torch.stack([torch.stack([normal(channel) for channel in image.T]).T for image in h])
+
+
+NAIVE = {"layer": naive_layer_norm, "instance": naive_instance_norm}
+
+
+def test_norms_equal_naive_code():
+    for h in states():
+        torch.testing.assert_close(layer_norm(h), naive_layer_norm(h), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(instance_norm(h), naive_instance_norm(h), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", ["instance", "layer"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_mean_of_blocks_equals_naive_code(norm, count):
+    blocks = states(count)
+    mean = sum(NAIVE[norm](h) for h in blocks) / count
+    torch.testing.assert_close(mean_of_blocks(blocks, norm), naive_layer_norm(mean), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", ["instance", "layer"])
+def test_a_block_with_large_numbers_counts_no_more_than_the_others(norm):
+    blocks = states()
+    louder = [blocks[0], blocks[1], 1000 * blocks[2]]
+    torch.testing.assert_close(mean_of_blocks(louder, norm), mean_of_blocks(blocks, norm), rtol=1e-4, atol=1e-4)
+
+
+def test_images_are_normalised_one_by_one():
+    blocks = states(batch=3)
+    alone = [h[1:2] for h in blocks]
+    for norm in ("instance", "layer"):
+        torch.testing.assert_close(mean_of_blocks(blocks, norm)[1:2], mean_of_blocks(alone, norm))
+
+
+@pytest.mark.parametrize("norm", ["instance", "layer"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_targets_of_half_precision_states_are_computed_in_fp32(norm, dtype):
+    half = [(h / 10).to(dtype) for h in states()]
+    target = mean_of_blocks(half, norm)
+    assert target.dtype == torch.float32
+    exact = mean_of_blocks([h.double() for h in half], norm)
+    torch.testing.assert_close(target.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_at_least_fp32_raises_and_never_lowers():
+    given = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    assert [at_least_fp32(torch.ones(2, dtype=dtype)).dtype for dtype in given] == [torch.float32] * 3 + [torch.float64]
+
+
+def test_target_health_is_the_spread_over_all_tokens_of_the_batch():
+    target, prediction = states(2)
+    health = target_health(target, prediction.requires_grad_())
+    for name, x in (("target_std", target), ("prediction_std", prediction)):
+        spreads = []
+        for channel in range(8):
+            values = [token[channel].item() for image in x for token in image]
+            mean = sum(values) / len(values)
+            spreads.append((sum((v - mean) ** 2 for v in values) / len(values)) ** 0.5)
+        assert health[name].item() == pytest.approx(sum(spreads) / 8)
+        assert health[name].shape == () and not health[name].requires_grad
+
+
+def test_target_health_sees_a_collapse_that_a_layer_norm_hides():
+    """One vector for every token has unit variance over its channels, as any target with a layer norm."""
+    collapsed = layer_norm(torch.randn(1, 1, 64)).expand(4, 10, 64)
+    assert collapsed.var(dim=-1, unbiased=False).min() > 0.99
+    assert target_health(collapsed, collapsed)["target_std"] < 1e-6
+    healthy = layer_norm(torch.randn(4, 10, 64))
+    assert target_health(healthy, collapsed)["target_std"] > 0.8
+    assert target_health(healthy.view(2, 2, 10, 64), collapsed)["target_std"] > 0.8
