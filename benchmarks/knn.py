@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data2vec_vision import methods
 from data2vec_vision.checkpoint import load_encoder
 from data2vec_vision.config import TrainConfig, from_json
 from data2vec_vision.device import find_device
@@ -57,7 +58,7 @@ def main() -> None:
     trained, content = load_encoder(args.checkpoint)
     config = TrainConfig(**from_json(content["config"], args.checkpoint))
     with seeded(config.seed, "weights"):
-        untrained = MaskedVisionTransformer(build_encoder(config)[0]).eval()
+        untrained = MaskedVisionTransformer(build_encoder(config, methods.find(config.method))[0]).eval()
     untrained.transform, untrained.pool = trained.transform, trained.pool
     train, test = open_source(args.train), open_source(args.test)
     result = {"checkpoint": args.checkpoint, "step": content["step"], "images": [len(train), len(test)]}

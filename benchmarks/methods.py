@@ -19,12 +19,12 @@ from data2vec_vision import methods
 from data2vec_vision.checkpoint import load_encoder
 from data2vec_vision.config import TrainConfig
 from data2vec_vision.evaluate import accuracy, knn_classify
-from data2vec_vision.extract import feature_function, image_loader
+from data2vec_vision.extract import image_loader
 from data2vec_vision.plan import build_encoder, prepare
 from data2vec_vision.seeding import seeded
 from data2vec_vision.sources import ImageFolder, open_source
 from data2vec_vision.train import optimizer_and_scaler, train, training_steps
-from data2vec_vision.vit import MaskedVisionTransformer
+from data2vec_vision.vit import MaskedVisionTransformer, pooled
 
 POINTS = 20  # of the loss curve
 
@@ -35,14 +35,26 @@ def labels(source: ImageFolder) -> torch.Tensor:
     return torch.tensor([order[name] for name in names])
 
 
-def knn(encoder: MaskedVisionTransformer, pool: str, train_source: ImageFolder, test_source: ImageFolder) -> float:
-    compute = feature_function(encoder, torch.device("cpu"), pool=pool, layer=None)
+@torch.inference_mode()
+def knn(
+    encoder: MaskedVisionTransformer, pools: list[str], train_source: ImageFolder, test_source: ImageFolder
+) -> list[float]:
+    """kNN accuracy with each pool, features in bf16 as in training."""
+    encoder.eval().set_fused_attention(False)
 
-    def features(source: ImageFolder) -> torch.Tensor:
-        return torch.cat([compute(pixels) for pixels, _ in image_loader(source, encoder.transform, 250, 0)])
+    def features(source: ImageFolder) -> list[torch.Tensor]:
+        parts = []
+        for pixels, _ in image_loader(source, encoder.transform, 250, 0):
+            with torch.autocast("cpu", torch.bfloat16):
+                encoded = encoder.encode(encoder.transform.normalized(pixels))
+            parts.append([pooled(encoded, pool).float() for pool in pools])
+        return [torch.cat(part) for part in zip(*parts)]
 
-    predicted, _ = knn_classify(features(train_source), labels(train_source), features(test_source))
-    return round(accuracy(predicted, labels(test_source)), 2)
+    result = []
+    for bank, queries in zip(features(train_source), features(test_source)):
+        predicted, _ = knn_classify(bank, labels(train_source), queries)
+        result.append(round(accuracy(predicted, labels(test_source)), 2))
+    return result
 
 
 def seconds_a_step(config: TrainConfig, count: int = 12, warm_up: int = 3) -> float:
@@ -86,11 +98,13 @@ def measure(method: str, args: argparse.Namespace) -> dict[str, object]:
         "images_per_cpu_second": round(epochs * steps * config.images_a_step / minutes / 60, 1),
         "wall_minutes": round(wall / 60, 1), "pool": trained.pool,
     }  # fmt: skip
-    for pool in dict.fromkeys((trained.pool, "mean")):
-        result[f"untrained {pool}"] = knn(untrained, pool, train_source, test_source)
-        result[f"trained {pool}"] = knn(trained, pool, train_source, test_source)
-        if (teacher := out / f"teacher_{epochs - 1}.pt").exists():
-            result[f"teacher {pool}"] = knn(load_encoder(teacher)[0], pool, train_source, test_source)
+    encoders = {"untrained": untrained, "trained": trained}
+    if (teacher := out / f"teacher_{epochs - 1}.pt").exists():
+        encoders["teacher"] = load_encoder(teacher)[0]
+    pools = list(dict.fromkeys((trained.pool, "mean")))
+    for name, encoder in encoders.items():
+        for pool, value in zip(pools, knn(encoder, pools, train_source, test_source)):
+            result[f"{name} {pool}"] = value
     last = json.loads(open(out / "metrics.jsonl").readlines()[-1])
     keys = ("target_std", "prediction_std", "prototypes_used", "entropy", "target_max", "class_loss", "cross_entropy")
     return result | {"health": {k: round(last[k], 3) for k in keys if k in last}, "loss": curve}

@@ -1,12 +1,13 @@
-"""Images/s of a data2vec training step, beside stable-pretraining's Data2Vec on the same ViT.
+"""Images/s of a training step, beside stable-pretraining's class of the same method, on the same ViT.
 
     pip install -e '.[parity]'
-    python benchmarks/step_speed.py --rounds 5
+    python benchmarks/step_speed.py --method mae --rounds 5
 
-One step is: forward of student and teacher, backward, clip, AdamW, EMA of the teacher, on images that are already in
-memory. Ours is timed as `train` runs it. stable-pretraining's class leaves optimizer and EMA to its user: it gets torch's
-AdamW as its documentation shows and its own teacher update, once a step. Both have the same encoder (a timm name), batch
-and share of masked patches; the rounds of all variants alternate, and each ratio is taken within a round.
+One step is: forward of all networks, backward, clip, AdamW, EMA of the teacher, on views that are already in
+memory. Ours is timed as `train` runs it. stable-pretraining's classes leave optimizer and EMA to their user: they get
+torch's AdamW as its documentation shows and their own teacher update, once a step. Both have the same encoder (a timm name),
+batch, views and, where both have them, sizes of head, decoder and predictor; the rounds of all variants alternate, and each
+ratio is taken within a round. What their classes compute otherwise is said in SETTINGS.
 """
 
 import argparse
@@ -14,57 +15,93 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import timm
 import torch
+from torch import Tensor
 
+from data2vec_vision import methods
 from data2vec_vision.device import device_name, find_device, fused_attention_pays, multiplies_bf16
-from data2vec_vision.methods.data2vec import Data2Vec
+from data2vec_vision.methods.base import Method
 from data2vec_vision.train import clip_and_step
 
 Step = Callable[[], None]
 
+TAU = {"tau_initial": 0.999, "tau_end": 0.999}
+# Our knobs, their class and arguments, and the views: large and small crops.
+SETTINGS: dict[str, tuple[dict[str, Any], tuple[str, dict[str, Any]], tuple[int, int]]] = {
+    "data2vec": ({"mask_ratio": 0.6, **TAU}, ("Data2Vec", {"mask_ratio": 0.6}), (1, 0)),
+    "mae": (
+        {"decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16},
+        ("MAE", {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}),
+        (1, 0),
+    ),
+    # Theirs predicts the four blocks in one sequence, from all patches outside them (about 0.45 of the image).
+    "ijepa": (
+        {"predictor_dim": 384, "predictor_depth": 6, "context_ratio": 0.45, **TAU},
+        ("IJEPA", {"predictor_embed_dim": 384, "predictor_depth": 6}),
+        (1, 0),
+    ),
+    # Theirs has one anchor, its hidden patches replaced by a token instead of left out, and no batch norm.
+    "msn": ({"n_focal": 0, **TAU}, ("MSN", {"mask_ratio": 0.15}), (2, 0)),
+    # Theirs computes assignments of the small crops too.
+    "swav": ({"n_prototypes": 3000, "queue_length": 0}, ("SwAV", {"n_prototypes": 3000}), (2, 6)),
+}
 
-def data2vec_step(method: Data2Vec, images: torch.Tensor, dtype: torch.dtype) -> Step:
-    """A step as `train` takes it."""
-    method.to(images.device).train()
+
+def images(args: argparse.Namespace, device: torch.device) -> list[Tensor]:
+    """The views of a batch, as random numbers."""
+    large, small = SETTINGS[args.method][2]
+    return [torch.randn(args.batch_size, 3, side, side, device=device) for side in [224] * large + [96] * small]
+
+
+def ours(args: argparse.Namespace, views: list[Tensor], dtype: torch.dtype) -> Step:
+    """A step as `train` takes it, with the attention that `train` would take."""
+    method: Method = methods.find(args.method)(args.model, **SETTINGS[args.method][0])
+    device = views[0].device
+    for encoder in method.encoders.values():
+        encoder.set_fused_attention(fused_attention_pays(device, "bf16" if dtype == torch.bfloat16 else "fp32"))
+    method.to(device).train()
     optimizer = torch.optim.AdamW(method.param_groups(0.05), lr=1e-4, fused=True)
-    scaler = torch.amp.GradScaler(images.device.type, enabled=False)
-    masks = method.sample_masks(len(images), images.device)  # in a run the workers draw them
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    masks = method.sample_masks(args.batch_size, device)  # in a run the workers draw them
 
     def step() -> None:
-        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-            loss = method([images], masks).loss
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = method(views, masks=masks).loss
         loss.backward()
+        method.before_step(0.5)
         clip_and_step(optimizer, scaler, method, 3.0)
         method.after_step(0.5)
 
     return step
 
 
-def ours(args: argparse.Namespace, images: torch.Tensor, dtype: torch.dtype) -> Step:
-    """Our step with the default target, and with the attention that `train` would take."""
-    method = Data2Vec(args.model, mask_ratio=0.6, tau_initial=0.999, tau_end=0.999)
-    for encoder in method.encoders.values():
-        encoder.set_fused_attention(fused_attention_pays(images.device, "bf16" if dtype == torch.bfloat16 else "fp32"))
-    return data2vec_step(method, images, dtype)
-
-
-def theirs(args: argparse.Namespace, images: torch.Tensor, dtype: torch.dtype) -> Step:
+def theirs(args: argparse.Namespace, views: list[Tensor], dtype: torch.dtype) -> Step:
     """A step of stable-pretraining's class; the coefficient is set because its update does nothing at the initial 0."""
-    from stable_pretraining.methods.data2vec import Data2Vec as Peer
+    import stable_pretraining.methods as peers
 
-    method = Peer(args.model, mask_ratio=0.6).to(images.device).train()
-    method.encoder.ema_coefficient.fill_(0.999)
+    name, arguments = SETTINGS[args.method][1]
+    device = views[0].device
+    method = getattr(peers, name)(args.model, **arguments).to(device).train()
+    teachers = [m for m in method.modules() if hasattr(m, "update_teacher")]
+    for teacher in teachers:
+        teacher.ema_coefficient.fill_(0.999)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.05)
+    large, _ = SETTINGS[args.method][2]
 
     def step() -> None:
-        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-            loss = method(images).loss
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            if len(views) > large:
+                loss = method(global_views=views[:large], local_views=views[large:]).loss
+            else:
+                loss = method(*views).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        method.encoder.update_teacher()
+        for teacher in teachers:
+            teacher.update_teacher()
 
     return step
 
@@ -84,6 +121,7 @@ def spread(values: list[float], digits: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", default="data2vec", choices=list(SETTINGS))
     parser.add_argument("--model", default="vit_small_patch16_224")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
@@ -94,19 +132,19 @@ def main() -> None:
     import stable_pretraining
 
     torch.manual_seed(0)
-    images = torch.randn(args.batch_size, 3, 224, 224, device=device)
+    views = images(args, device)
     default = torch.bfloat16 if multiplies_bf16(device) else torch.float32
     name = str(default).removeprefix("torch.")
     variants = {
-        "ours fp32": ours(args, images, torch.float32),
-        "theirs fp32": theirs(args, images, torch.float32),
-        f"ours {name}": ours(args, images, default),
-        f"theirs {name}": theirs(args, images, default),
+        "ours fp32": ours(args, views, torch.float32),
+        "theirs fp32": theirs(args, views, torch.float32),
+        f"ours {name}": ours(args, views, default),
+        f"theirs {name}": theirs(args, views, default),
     }
     print(f"{device_name(device)}, {torch.get_num_threads()} threads, python {platform.python_version()}, torch {torch.__version__}, "
           f"timm {timm.__version__}, stable-pretraining {stable_pretraining.__version__}")  # fmt: skip
     print(
-        f"{args.model}, batch {args.batch_size}, {args.rounds} rounds of {args.steps} steps each after a warm-up of one step"
+        f"{args.method}, {args.model}, batch {args.batch_size}, {args.rounds} rounds of {args.steps} steps each after a warm-up of one step"
     )
     for step in variants.values():
         step()
