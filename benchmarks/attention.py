@@ -10,9 +10,9 @@ import platform
 import statistics
 
 import torch
-from step_speed import data2vec_step, seconds
+from step_speed import method_step, seconds
 
-from data2vec_vision.device import device_name, find_device
+from data2vec_vision.device import device_name, find_device, set_fused_attention
 from data2vec_vision.methods.data2vec import Data2Vec
 from data2vec_vision.vit import build_vit
 
@@ -36,12 +36,11 @@ def main() -> None:
         images = torch.randn(batch, 3, shape["img_size"], shape["img_size"], device=device)
         method = Data2Vec(build_vit(**shape), mask_ratio=0.6, tau_initial=0.999, tau_end=0.999)
         for dtype in (torch.bfloat16, torch.float32):
-            step = data2vec_step(method, images, dtype)
+            step = method_step(method, [images], dtype)
             times: dict[bool, list[float]] = {True: [], False: []}
             for round in range(args.rounds + 1):  # the first warms up
                 for fused, values in times.items():
-                    for encoder in method.encoders.values():
-                        encoder.set_fused_attention(fused)
+                    set_fused_attention(method, fused)
                     took = seconds(step, 1, device)
                     if round:
                         values.append(took)

@@ -18,6 +18,7 @@ import torch
 from data2vec_vision import methods
 from data2vec_vision.checkpoint import load_encoder
 from data2vec_vision.config import TrainConfig
+from data2vec_vision.device import set_fused_attention
 from data2vec_vision.evaluate import accuracy, knn_classify
 from data2vec_vision.extract import image_loader
 from data2vec_vision.plan import build_encoder, prepare
@@ -40,7 +41,7 @@ def knn(
     encoder: MaskedVisionTransformer, pools: list[str], train_source: ImageFolder, test_source: ImageFolder
 ) -> list[float]:
     """kNN accuracy with each pool, features in bf16 as in training."""
-    encoder.eval().set_fused_attention(False)
+    set_fused_attention(encoder.eval(), False)
 
     def features(source: ImageFolder) -> list[torch.Tensor]:
         parts = []

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from data2vec_vision import methods
-from data2vec_vision.device import device_name, find_device, fused_attention_pays, multiplies_bf16
+from data2vec_vision.device import device_name, find_device, fused_attention_pays, multiplies_bf16, set_fused_attention
 from data2vec_vision.methods.base import Method
 from data2vec_vision.train import clip_and_step
 
@@ -59,13 +59,17 @@ def images(args: argparse.Namespace, device: torch.device) -> list[Tensor]:
 def ours(args: argparse.Namespace, views: list[Tensor], dtype: torch.dtype) -> Step:
     """A step as `train` takes it, with the attention that `train` would take."""
     method: Method = methods.find(args.method)(args.model, **SETTINGS[args.method][0])
+    set_fused_attention(method, fused_attention_pays(views[0].device, "bf16" if dtype == torch.bfloat16 else "fp32"))
+    return method_step(method, views, dtype)
+
+
+def method_step(method: Method, views: list[Tensor], dtype: torch.dtype) -> Step:
+    """A step of a method, on views that are ready."""
     device = views[0].device
-    for encoder in method.encoders.values():
-        encoder.set_fused_attention(fused_attention_pays(device, "bf16" if dtype == torch.bfloat16 else "fp32"))
     method.to(device).train()
     optimizer = torch.optim.AdamW(method.param_groups(0.05), lr=1e-4, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
-    masks = method.sample_masks(args.batch_size, device)  # in a run the workers draw them
+    masks = method.sample_masks(len(views[0]), device)  # in a run the workers draw them
 
     def step() -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

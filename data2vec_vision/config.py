@@ -265,10 +265,12 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, dict[str, s
         fill("hidden_dim", 384, "ViT-S/16")
         fill("n_encoders", facts.depth, "ViT-S/16")
         fill("n_heads", default_heads(config.hidden_dim or 384), "width / 64")
-    if "tau_end" in facts.recipe:
-        # The teacher remembers 1 / (1 - tau) steps: 2 % of the run, where the paper has 1 %, at first a tenth of that.
-        memory = 0.02 * config.epochs * steps_per_epoch(config, facts.n_images)
-        why = f"the teacher's memory is {memory:,.0f} steps, 2 % of the run"
+    if "tau_memory" in facts.recipe:
+        # The teacher remembers 1 / (1 - tau) steps: this share of the run, at first a tenth of that.
+        memory = facts.recipe["tau_memory"] * config.epochs * steps_per_epoch(config, facts.n_images)
+        why = f"the teacher's memory is {memory:,.0f} steps, {facts.recipe['tau_memory']:.0%} of the run".replace(
+            "%", " %"
+        )
         last = round(1 - 1 / max(memory, 10), 6)
         if memory < 10:
             why = "the teacher's memory is 10 steps at least"
@@ -277,6 +279,10 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, dict[str, s
         fill("tau_end", last, why)
         first = min(values.get("tau_end", config.tau_end), round(1 - 1 / max(memory / 10, 2), 6))
         fill("tau_initial", first, "a tenth of that memory at first")
+    elif "tau_end" in facts.recipe:  # the method's own, unless the other end was typed beyond it
+        fill("tau_end", max(facts.recipe["tau_end"], config.tau_initial or 0), f"default of {Path(config.method).stem}")
+        last = values.get("tau_end", config.tau_end)
+        fill("tau_initial", min(facts.recipe["tau_initial"], last), f"default of {Path(config.method).stem}")
     if "max_lr_at_256" in facts.recipe:
         lr = facts.recipe["max_lr_at_256"] * math.sqrt(config.images_a_step / 256)
         fill("max_lr", float(f"{lr:.2g}"), f"{facts.recipe['max_lr_at_256']:g} x root of {config.images_a_step} / 256")

@@ -2,12 +2,14 @@
 
 import os
 import platform
+from typing import Any
 
 import numpy
 import PIL
 import timm
 import torch
 import torchvision
+from torch import nn
 
 from data2vec_vision import distributed
 from data2vec_vision.errors import InputError
@@ -83,3 +85,11 @@ def peak_memory(device: torch.device) -> int:
 
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def set_fused_attention(model: nn.Module, fused: bool) -> None:
+    """Whether attention in `model` is torch's fused kernel, or two matrix products and a softmax: the same function."""
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused

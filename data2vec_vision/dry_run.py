@@ -105,7 +105,9 @@ def draw_views(job: Job) -> Image.Image:
         image, _ = dataset.readable(index)
         sample = dataset[position, index]
         row: list[Tile] = [(image, job.source.name(index)[-16:], None)]
-        row += [(to_pil_image(view), f"view {n + 1}", None) for n, view in enumerate(sample.views)]
+        first = sample.views[0].shape
+        for n, view in enumerate(sample.views):
+            row.append((to_pil_image(view), f"view {n + 1}" if view.shape == first else f"small crop {n + 1}", None))
         if sample.masks:
             row.append(
                 (masked(sample.views[0], job.method.student.patch_size, sample.masks), "what the student sees", None)

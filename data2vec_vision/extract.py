@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from data2vec_vision.checkpoint import atomic_write, load_encoder
 from data2vec_vision.data import leave_signals_to_parent
-from data2vec_vision.device import cores, find_device, fused_attention_pays
+from data2vec_vision.device import cores, find_device, fused_attention_pays, set_fused_attention
 from data2vec_vision.errors import InputError, RunFailed, Stopped, one_line
 from data2vec_vision.run import caught_signals, say, size
 from data2vec_vision.sources import ImageFolder, open_source, read_image
@@ -143,7 +143,7 @@ def feature_function(
 ) -> Callable[[Tensor], Tensor]:
     """uint8 images [B, 3, H, W] -> float32 features [B, D] or [B, S, D] on the CPU."""
 
-    model.set_fused_attention(fused_attention_pays(device, precision))
+    set_fused_attention(model, fused_attention_pays(device, precision))
 
     @torch.inference_mode()
     def compute(pixels: Tensor) -> Tensor:

@@ -20,7 +20,15 @@ from data2vec_vision.config import (
     resolve,
     steps_per_epoch,
 )
-from data2vec_vision.device import cores, device_exists, find_device, fused_attention_pays, multiplies_bf16, versions
+from data2vec_vision.device import (
+    cores,
+    device_exists,
+    find_device,
+    fused_attention_pays,
+    multiplies_bf16,
+    set_fused_attention,
+    versions,
+)
 from data2vec_vision.errors import InputError
 from data2vec_vision.knobs import knobs_from, option_defaults
 from data2vec_vision.methods.base import Method
@@ -197,8 +205,7 @@ def refuse_changed_images(source: ImageFolder, content: Mapping[str, Any], confi
 
 def made_ready(job: Job) -> Job:
     """The job, made ready for its device. Raises InputError for what only shows when everything is known."""
-    for encoder in job.method.encoders.values():
-        encoder.set_fused_attention(fused_attention_pays(job.device, job.config.precision))
+    set_fused_attention(job.method, fused_attention_pays(job.device, job.config.precision))
     if job.folder.resolve().is_relative_to(job.source.root):
         raise InputError(
             f"the run would write to {job.folder}, inside the folder of the images; "

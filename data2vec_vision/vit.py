@@ -102,13 +102,6 @@ class MaskedVisionTransformer(nn.Module):
         """(rows, columns) of patches of the image size that the model was built for."""
         return self.vit.patch_embed.grid_size
 
-    def set_fused_attention(self, fused: bool) -> None:
-        """Whether attention is torch's fused kernel, or two matrix products and a softmax: the same function."""
-        module: Any
-        for module in self.vit.modules():
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = fused
-
     def start_mask_token(self, token: Tensor | None) -> None:
         """Take over a learned mask token [1, 1, D], where both sides have one."""
         if token is not None and self.mask_token is not None and token.shape == self.mask_token.shape:

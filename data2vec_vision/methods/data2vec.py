@@ -62,7 +62,10 @@ class Data2Vec(Method):
         color_jitter: float = knob(0.4, "strength of the colour jitter", "[0, 1]", "0.4")
         flip: float = knob(0.5, "probability of a mirror image", "[0, 1]", "0.5")
 
-    recipe = MappingProxyType({"max_lr_at_256": 1e-3, "warmup_pct": 0.1, "weight_decay": 0.05, "clip_grad": 3.0})
+    # The paper's teacher remembers 1 % of its run; on short runs twice that did better.
+    recipe = MappingProxyType(
+        {"max_lr_at_256": 1e-3, "warmup_pct": 0.1, "weight_decay": 0.05, "clip_grad": 3.0, "tau_memory": 0.02}
+    )
     mask_token = True
 
     def __init__(

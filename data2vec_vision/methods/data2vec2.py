@@ -98,7 +98,9 @@ class Data2Vec2(Method):
         crop_min: float = knob(0.2, "smallest share of the image that a crop keeps", "(0, 1]", "0.2")
         flip: float = knob(0.5, "probability of a mirror image", "[0, 1]", "0.5")
 
-    recipe = MappingProxyType({"max_lr_at_256": 1e-3, "warmup_pct": 0.13, "weight_decay": 0.05, "clip_grad": 4.0})
+    recipe = MappingProxyType(
+        {"max_lr_at_256": 1e-3, "warmup_pct": 0.13, "weight_decay": 0.05, "clip_grad": 4.0, "tau_memory": 0.02}
+    )
     betas = (0.9, 0.95)
 
     def __init__(

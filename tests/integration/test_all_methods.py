@@ -1,5 +1,6 @@
 """Every method from the command line: a run, its files, a stop and its continuation, slices, processes, a method of one's own."""
 
+import re
 import signal
 from pathlib import Path
 
@@ -53,6 +54,10 @@ def test_a_run_and_what_comes_of_it(cli, images, name):
     lines = metrics("a")
     assert len(lines) == 12 and all(np.isfinite(line["loss"]) and line["skipped"] == 0 for line in lines)
     assert HEALTH[name] <= lines[0].keys()
+    decays = [
+        g["weight_decay"] for g in torch.load("a/checkpoint_1.pt", weights_only=True)["optimizer"]["param_groups"]
+    ]
+    assert decays == [0, pytest.approx(0.4, abs=0.01) if name in ("ijepa", "msn") else 0.05]  # a cosine from 0.04
     assert ("tau" in lines[0]) == (name in TEACHERS) == Path("a/teacher_1.pt").exists()
     code, out, err = cli("extract", "a/student_1.pt", images, "--output", "features.npz")
     assert code == 0 and f"({name})" in out, err
@@ -150,56 +155,12 @@ def test_what_cannot_be_meant_is_refused_in_a_line(refused, images, arguments, m
     assert message in refused("train", images, *TINY, "--epochs", 1, *arguments)
 
 
-OWN = '''
-"""A method of one's own, in one file."""
-from dataclasses import dataclass
-import torch
-from torch import nn
-from data2vec_vision import Method, Output, knob
-from data2vec_vision.masking import random_keep
-from data2vec_vision.transforms import Views, augmentation
-
-
-@dataclass(frozen=True)
-class Keep:
-    n: int
-
-    def __call__(self, generator, shared):
-        return {"keep": random_keep(16, self.n, generator)}
-
-
-class MeanColour(Method):
-    """From some patches, tell the mean colour of all."""
-
-    @dataclass(frozen=True)
-    class Config(Method.Config):
-        n_keep: int = knob(4, "patches that are seen", "[1, 16]")
-
-    recipe = {"max_lr_at_256": 1e-2, "warmup_pct": 0.1, "weight_decay": 0.0, "clip_grad": 1.0}
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.head = nn.Linear(self.student.embed_dim, 3)
-
-    def describe(self):
-        return f"the mean colour from {self.config.n_keep} patches"
-
-    def views(self):
-        return Views(augmentation(self.student.image_size))
-
-    def masks(self):
-        return Keep(self.config.n_keep)
-
-    def training_step(self, views, masks):
-        feature = self.student.encode(views[0], keep=masks["keep"]).tokens.mean(dim=1)
-        prediction, target = self.head(feature).float(), views[0].mean(dim=(2, 3))
-        loss = (prediction - target).square().mean()
-        return Output(loss, feature.detach(), {"target_std": target.std()}, {"prediction": prediction})
-'''
+CONTRIBUTING = Path(__file__).resolve().parent.parent.parent / "CONTRIBUTING.md"
 
 
 def test_a_seventh_method_is_one_file(cli, images):
-    Path("mean_colour.py").write_text(OWN)
+    [example] = re.findall(r"```python\n(.*?)```", CONTRIBUTING.read_text(), re.DOTALL)
+    Path("mean_colour.py").write_text(example)
     options = ["--method", "mean_colour.py", "--set", "n_keep=8", "--epochs", 20]
     code, out, err = cli("train", images, *TINY, *options, "--checkpoint-out-dir", "a", "--save-every", 10)
     assert code == 0 and "Method   mean_colour.py: the mean colour from 8 patches" in out, err

@@ -25,6 +25,10 @@ def names(cli):
     """The files that README's text has made by then, and the names its snippets share."""
     torch.manual_seed(0)
     d2v.save_encoder(Data2Vec("vit_small_patch16_224").student, "student_99.pt", method="data2vec")
+    assert cli("sample", "samples")[0] == 0
+    options = "--method mae --image-size 28 --patch-size 14 --hidden-dim 32 --n-encoders 1 --epochs 1 --checkpoint-out-dir mae"
+    assert cli("train", "samples", *options.split())[0] == 0
+    Path("mae/checkpoint_0.pt").rename("checkpoint_99.pt")
     noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
     Path("photos").mkdir()
     Image.fromarray(noise).resize((300, 200), Image.Resampling.BICUBIC).save("photo.jpg")
@@ -34,7 +38,7 @@ def names(cli):
 
 
 def test_the_python_runs_as_printed(names):
-    assert len(SNIPPETS) == 5
+    assert len(SNIPPETS) == 8
     results, images = [], []
     for snippet in SNIPPETS:
         exec(snippet, names)
@@ -46,7 +50,8 @@ def test_the_python_runs_as_printed(names):
     assert torch.equal(by_patches, by_image)
     assert names["embedding"].shape == (1, 384)
     np.testing.assert_allclose(names["embedding"].detach().numpy(), extracted, rtol=1e-4, atol=1e-4)
-    assert torch.isfinite(names["loss"])
+    assert torch.isfinite(names["loss"]) and names["answers"].shape == (8, 3, 64)
+    assert Image.open("reconstruction.png").width > 3 * 144
     with torch.no_grad():
         by_timm = names["vit"].eval().forward_features(images[2])
     torch.testing.assert_close(by_timm[:, 1:], by_image.detach(), rtol=1e-4, atol=1e-5)

@@ -27,7 +27,15 @@ FACTS = Facts(
     n_images=10_000,
     image_size=224,
     depth=12,
-    recipe={"k": None, "tau_initial": 0.9, "tau_end": 0.9, "max_lr_at_256": 1e-3, "weight_decay": 0.05, "beta": 2.0},
+    recipe={
+        "k": None,
+        "tau_initial": 0.9,
+        "tau_end": 0.9,
+        "max_lr_at_256": 1e-3,
+        "weight_decay": 0.05,
+        "beta": 2.0,
+        "tau_memory": 0.02,
+    },
     device="cuda:0",
     native_bf16=True,
     cores=16,
@@ -57,13 +65,26 @@ def test_help_is_short_grouped_and_begins_with_an_example():
     assert text.index("train photos/") < text.index("Images:")
 
 
-def test_every_typed_tau_end_has_an_initial_below_it():
+@pytest.mark.parametrize("memory", [{}, {"tau_memory": 0.02}])
+def test_every_typed_tau_end_has_an_initial_below_it(memory):
+    """Whether the method lets tau follow from the length of the run, or has its own."""
+    own = {"tau_initial": 0.996, "tau_end": 0.9992}
     for n_images in (300, 10_000, 1_300_000):
         for last in (0.5, 0.9, 1 - 1 / 300, 0.99999, 1.0):
-            config, _ = resolve(TrainConfig(input_path="x", tau_end=last), replace(FACTS, n_images=n_images))
+            config, _ = resolve(
+                TrainConfig(input_path="x", tau_end=last), replace(FACTS, n_images=n_images, recipe=own | memory)
+            )
             check(config)
-            config, _ = resolve(TrainConfig(input_path="x", tau_initial=last), replace(FACTS, n_images=n_images))
+            config, _ = resolve(
+                TrainConfig(input_path="x", tau_initial=last), replace(FACTS, n_images=n_images, recipe=own | memory)
+            )
             check(config)
+
+
+def test_without_a_memory_tau_is_the_methods_own():
+    own = {"tau_initial": 0.996, "tau_end": 0.9992}
+    config, reasons = resolve(TrainConfig(input_path="x", method="msn"), replace(FACTS, recipe=own))
+    assert (config.tau_initial, config.tau_end) == (0.996, 0.9992) and reasons["tau_end"] == "default of msn"
 
 
 def test_defaults_suit_10000_images_and_one_gpu():

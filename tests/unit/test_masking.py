@@ -247,7 +247,7 @@ def naive_multiblock(rows, columns, n_targets, n_context, generator, shared):
 
 
 @pytest.mark.parametrize(
-    ("grid", "n_targets", "ratio"), [*((grid, 4, 0.25) for grid in GRIDS), ((14, 14), 1, 0.5), ((8, 8), 6, 0.4)]
+    ("grid", "n_targets", "ratio"), [*((grid, 4, 0.25) for grid in GRIDS), ((14, 14), 1, 0.5), ((8, 8), 5, 0.35)]
 )
 def test_multiblock_equals_naive_code_draw_for_draw(grid, n_targets, ratio):
     n_context = share(ratio, grid[0] * grid[1])
@@ -266,7 +266,7 @@ def test_multiblock_gives_exact_counts_and_a_context_outside_of_all_targets(grid
         context, targets = multiblock(grid, 4, n_context, seeded(seed), seeded(seed))
         assert len(context) == n_context and context.tolist() == sorted(set(context.tolist()))
         assert targets.shape[0] == 4 and all(block.tolist() == sorted(set(block.tolist())) for block in targets)
-        assert 0 <= min(context.min(), targets.min()) and max(context.max(), targets.max()) < S
+        assert min(context.min(), targets.min()) >= 0 and max(context.max(), targets.max()) < S
         assert not set(context.tolist()) & set(targets.flatten().tolist())
 
 
@@ -333,7 +333,7 @@ def test_target_blocks_may_overlap_each_other():
     for seed in range(50):
         _, targets = multiblock((14, 14), 4, 49, seeded(seed), seeded(seed))
         overlaps += targets.flatten().unique().numel() < targets.numel()
-    assert 10 < overlaps
+    assert overlaps > 10
 
 
 def test_every_patch_of_the_context_comes_from_one_block():
@@ -345,7 +345,9 @@ def test_every_patch_of_the_context_comes_from_one_block():
 
 
 def test_targets_that_leave_no_context_are_refused():
-    with pytest.raises(InputError, match="4 target blocks of .* leave no room for a context of 15 of the 4 x 4 patches"):
+    with pytest.raises(
+        InputError, match="4 target blocks of .* leave no room for a context of 15 of the 4 x 4 patches"
+    ):
         multiblock((4, 4), 4, 15, seeded(0), seeded(0))
 
 
@@ -382,11 +384,10 @@ def naive_official(rows, columns, n_targets, min_keep, generator, shared):
     ("grid", "n_targets", "min_keep"),
     [
         ((14, 14), 4, 10),
-        ((14, 14), 14, 10),  # so many that some must be given up
+        ((14, 14), 30, 10),  # so many that some must be given up
         ((28, 28), 4, 40),
         ((8, 8), 4, 3),
         ((6, 6), 4, 2),
-        ((4, 4), 4, 1),
         ((6, 10), 4, 3),
         ((9, 4), 4, 2),
     ],
@@ -398,7 +399,7 @@ def test_the_official_sampler_equals_the_published_one_draw_for_draw(grid, n_tar
         expected = naive_official(*grid, n_targets, min_keep, seeded(seed), seeded(1000 + seed))
         assert (context.tolist(), targets.tolist()) == expected[:2]
         most_given_up = max(most_given_up, expected[2])
-    assert most_given_up > 0 if n_targets == 14 else True
+    assert (most_given_up > 0) == (n_targets == 30)
 
 
 def test_the_official_sampler_never_uses_the_last_row_or_column():
@@ -432,7 +433,7 @@ def test_official_contexts_of_a_batch_are_cut_to_the_shortest_and_lose_the_botto
     assert rows[0] > 0.6 and rows[8] < 0.3 and rows[12] < 0.05 and rows[13] == 0
 
 
-@pytest.mark.parametrize("grid", [(2, 2), (3, 3), (1, 20)])
+@pytest.mark.parametrize("grid", [(2, 2), (3, 3), (4, 4), (1, 20)])
 def test_grids_too_small_for_the_official_sampler_are_refused(grid):
     with pytest.raises(InputError, match=f"{grid[0]} x {grid[1]} patches are too few for the official sampler"):
         for seed in range(20):

@@ -1,10 +1,13 @@
-"""Patches are cut row by row, flattened like a convolution kernel, and join to the same image."""
+"""Patches are cut row by row, flattened like a convolution kernel, and join to the same image; and have positions."""
+
+import math
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from data2vec_vision.patches import patchify, take, unpatchify
+from data2vec_vision.errors import InputError
+from data2vec_vision.patches import patchify, sincos_position, take, unpatchify
 from data2vec_vision.transforms import JoinPatchSequence, PatchesToSequence, UnNormalize, ViTPatchesTransform
 
 
@@ -65,3 +68,29 @@ def test_unnormalize_undoes_normalize():
 
     image, mean, std = torch.rand(2, 3, 5, 5), [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
     torch.testing.assert_close(UnNormalize(mean, std)(Normalize(mean, std)(image)), image)
+
+
+@pytest.mark.parametrize(("grid", "dim"), [((14, 14), 32), ((2, 5), 8), ((5, 2), 12), ((1, 3), 4)])
+def test_positions_equal_the_formula_of_mae_number_by_number(grid, dim):
+    """The first half of the channels is the column's, the second the row's; sines before cosines in each."""
+    position, quarter = sincos_position(grid, dim), dim // 4
+    assert position.shape == (grid[0] * grid[1], dim) and position.dtype == torch.float32
+    for patch, vector in enumerate(position.tolist()):
+        row, column = divmod(patch, grid[1])
+        expected = []
+        for place in (column, row):
+            for wave in (math.sin, math.cos):
+                expected += [wave(place / 10000 ** (k / quarter)) for k in range(quarter)]
+        assert vector == pytest.approx(expected, abs=1e-7)
+
+
+def test_every_place_has_a_position_of_its_own_and_the_first_is_zero_and_one():
+    position = sincos_position((14, 14), 64)
+    assert torch.cdist(position, position).add(10 * torch.eye(196)).min() > 0.1
+    assert position[0].tolist() == ([0.0] * 16 + [1.0] * 16) * 2
+
+
+@pytest.mark.parametrize(("dim", "next_one"), [(2, 4), (6, 8), (13, 16)])
+def test_positions_of_a_width_that_4_does_not_divide_are_refused(dim, next_one):
+    with pytest.raises(InputError, match=f"a multiple of 4, got {dim}; use {next_one}$"):
+        sincos_position((2, 2), dim)

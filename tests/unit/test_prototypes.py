@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from data2vec_vision.prototypes import Prototypes, mean_entropy_gap, prototype_use, sinkhorn
 
 
-def cosines(rows=12, n_prototypes=5, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    z, w = (torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in (rows, n_prototypes))
+def cosines(rows=12, n_prototypes=5, width=3):
+    generator = torch.Generator().manual_seed(0)
+    z, w = (torch.randn(n, width, generator=generator, dtype=torch.float64) for n in (rows, n_prototypes))
     return F.normalize(z, dim=1) @ F.normalize(w, dim=1).T
 
 
@@ -48,11 +48,11 @@ def test_sinkhorn_takes_three_iterations():
 
 
 def test_rows_of_sinkhorn_sum_to_one_and_prototypes_have_nearly_equal_shares():
-    scores = cosines(rows=256, n_prototypes=16) / 0.05
+    scores = cosines(rows=256, n_prototypes=16, width=32) / 0.05
     before, after = scores.softmax(dim=1), sinkhorn(scores)
     torch.testing.assert_close(after.sum(dim=1), torch.ones(256, dtype=torch.float64))
     shares = after.mean(dim=0) * 16  # one is the same for all
-    assert 0.9 < shares.min() and shares.max() < 1.1
+    assert 0.85 < shares.min() and shares.max() < 1.15
     assert before.mean(dim=0).max() * 16 > 1.5  # the shares were not equal by themselves
     torch.testing.assert_close(sinkhorn(scores, 1000).mean(dim=0) * 16, torch.ones(16, dtype=torch.float64))
 
@@ -168,15 +168,18 @@ def test_the_gap_is_zero_when_samples_spread_and_ln_k_when_they_collapse():
 
 
 def test_descending_the_gap_spreads_the_samples():
-    logits = torch.randn(16, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + torch.tensor(
-        [3.0, 0, 0, 0, 0, 0], dtype=torch.float64
-    )
+    logits = 5 * cosines(rows=16, n_prototypes=6)
+    logits[:, 0] += 5
     logits.requires_grad_()
-    before = mean_entropy_gap(logits.log_softmax(dim=1))
-    [gradient] = torch.autograd.grad(before, logits)
-    after = mean_entropy_gap((logits - 5 * gradient).log_softmax(dim=1))
-    assert 0 < after < 0.8 * before
-    assert (gradient[:, 0] > 0).all()  # the crowded prototype loses
+    gaps, crowded = [], []
+    for _ in range(100):
+        gap = mean_entropy_gap(logits.log_softmax(dim=1))
+        [gradient] = torch.autograd.grad(gap, logits)
+        gaps.append(gap.item())
+        crowded.append(logits.softmax(dim=1).mean(dim=0)[0].item())
+        logits = (logits - 5 * gradient).detach().requires_grad_()
+    assert 0 < gaps[-1] < 0.1 * gaps[0]
+    assert crowded[0] > 0.5 and crowded[-1] < 0.4
 
 
 def test_the_gradient_of_the_gap_is_finite_where_a_prototype_is_nobodys():

@@ -6,6 +6,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from data2vec_vision.device import set_fused_attention
 from data2vec_vision.errors import InputError
 from data2vec_vision.patches import patchify
 from data2vec_vision.vit import MaskedVisionTransformer, architecture, build_vit, has_separate_ffn, usable_models
@@ -224,6 +225,6 @@ def test_blocks_without_a_feed_forward_of_their_own_are_recognised(tiny_vit):
 def test_fused_and_plain_attention_are_the_same_function(tiny_vit):
     model, images = MaskedVisionTransformer(tiny_vit().eval()), torch.randn(2, 3, 16, 16)
     fused = model(images).features
-    model.set_fused_attention(False)
+    set_fused_attention(model, False)
     assert not any(block.attn.fused_attn for block in model.vit.blocks)
     torch.testing.assert_close(model(images).features, fused, rtol=1e-5, atol=1e-5)
