@@ -32,9 +32,9 @@ def check_knobs(config: Any) -> None:
     """Raises InputError for a value out of its range or not among its choices."""
     hints = get_type_hints(type(config))
     for name, field in knobs(type(config)).items():
-        value, choices = getattr(config, name), _choices(hints[name])
-        if choices and value not in choices:
-            raise InputError(f"{_name(field)} must be {' or '.join(map(str, choices))}, got {value!r}")
+        value, allowed = getattr(config, name), choices(hints[name])
+        if allowed and value not in allowed:
+            raise InputError(f"{_name(field)} must be {' or '.join(allowed)}, got {value!r}")
         if field.metadata["within"] and value is not None:
             check_interval(_name(field), value, field.metadata["within"])
 
@@ -76,9 +76,9 @@ def knobs_from(config_class: type, config: TrainConfig, method: str) -> dict[str
 
 def _parse(name: str, text: str, hint: Any) -> Any:
     kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
-    if choices := _choices(hint):
-        if text not in choices:
-            raise InputError(f"--set {name}={text}: it must be {' or '.join(choices)}")
+    if allowed := choices(hint):
+        if text not in allowed:
+            raise InputError(f"--set {name}={text}: it must be {' or '.join(allowed)}")
         return text
     if type(None) in get_args(hint) and text.lower() in ("none", "auto"):
         return None
@@ -94,7 +94,8 @@ def _parse(name: str, text: str, hint: Any) -> Any:
         raise InputError(f"--set {name}={text}: it must be {number}") from None
 
 
-def _choices(hint: Any) -> tuple[str, ...]:
+def choices(hint: Any) -> tuple[str, ...]:
+    """What a knob of that type may be, where it is a Literal."""
     return get_args(hint) if get_origin(hint) is Literal else ()
 
 

@@ -8,12 +8,12 @@ import pkgutil
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 from data2vec_vision.checkpoint import read_training
 from data2vec_vision.config import TrainConfig, flag, from_json
 from data2vec_vision.errors import InputError, one_line
-from data2vec_vision.knobs import knobs, knobs_from
+from data2vec_vision.knobs import choices, knobs, knobs_from
 from data2vec_vision.methods.base import Method
 from data2vec_vision.vit import build_vit
 
@@ -89,17 +89,33 @@ def _only_method(module: ModuleType, name: str) -> type[Method]:
 
 
 def explain(name: str | None) -> str:
-    """The methods in a line each, or one method's knobs with meaning, default and the paper's value."""
+    """The methods in a line each, or one with its recipe, and its knobs with default, range and the paper's value."""
     if name is None:
         return "\n".join(f"{n:<10} {first_line(find(n))}" for n in names())
     method = find(name)
-    rows = [f"{first_line(method)}", ""]
+    recipe = dict(method.recipe)
+    memory, rate = recipe.pop("tau_memory", None), recipe.pop("max_lr_at_256", None)
+    settings = [f"{flag(option)} {_shown(value)}" for option, value in recipe.items()]
+    if rate is not None:
+        settings.insert(0, f"{flag('max_lr')} {rate:g} x root of images a step / 256")
+    rows = [first_line(method), "", f"AdamW: {', '.join(settings)}", ""]
+    hints = get_type_hints(method.Config)
     for knob, field in knobs(method.Config).items():
-        option, paper = field.metadata["option"], field.metadata["paper"]
-        how = flag(option) if option else f"--set {knob}=VALUE"
-        rows.append(f"{how:<32} {field.metadata['meaning']}")
-        rows.append(f"{'':<32} default {field.default}" + (f", the paper's {paper}" if paper else ""))
+        about = field.metadata
+        rows.append(f"{flag(about['option']) if about['option'] else f'--set {knob}=VALUE':<32} {about['meaning']}")
+        default = _shown(field.default)
+        if memory is not None and about["option"] in ("tau_initial", "tau_end"):
+            default = f"from the length of the run, of which the teacher remembers {memory:.0%}".replace("%", " %")
+        within = " or ".join(choices(hints[knob])) or (about["within"] and f"in {about['within']}")
+        parts = [f"default {default}", within]
+        parts.append(about["paper"] and f"the paper's {about['paper']}")
+        rows.append(f"{'':<32} {', '.join(filter(None, parts))}")
     return "\n".join(rows)
+
+
+def _shown(value: Any) -> str:
+    """A value as it is typed."""
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 
 def first_line(method: type[Method]) -> str:

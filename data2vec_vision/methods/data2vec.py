@@ -42,7 +42,7 @@ class BlockMasks:
 
 
 class Data2Vec(Method):
-    """data2vec for images (Baevski et al. 2022)."""
+    """data2vec (Baevski et al. 2022): predict, at hidden patches, what a slow copy makes of the whole image."""
 
     @dataclass(frozen=True)
     class Config(Method.Config):

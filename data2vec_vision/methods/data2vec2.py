@@ -75,7 +75,7 @@ class ConvDecoder(nn.Module):
 
 
 class Data2Vec2(Method):
-    """data2vec 2.0 for images (Baevski et al. 2023)."""
+    """data2vec 2.0 (Baevski et al. 2023): data2vec for several masks at once; it encodes what they leave."""
 
     @dataclass(frozen=True)
     class Config(Method.Config):

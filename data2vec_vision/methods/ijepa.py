@@ -51,7 +51,7 @@ class MultiBlockMasks:
 
 
 class IJEPA(Method):
-    """I-JEPA (Assran et al. 2023)."""
+    """I-JEPA (Assran et al. 2023): predict, from a block of patches, what a slow copy makes of four other blocks."""
 
     @dataclass(frozen=True)
     class Config(Method.Config):

@@ -43,7 +43,7 @@ class RandomMasks:
 
 
 class MAE(Method):
-    """Masked autoencoder (He et al. 2021)."""
+    """MAE (He et al. 2021): reconstruct the pixels of the patches that the encoder does not see."""
 
     @dataclass(frozen=True)
     class Config(Method.Config):

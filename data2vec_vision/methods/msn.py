@@ -39,7 +39,7 @@ class RandomKeep:
 
 
 class MSN(Method):
-    """Masked siamese networks (Assran et al. 2022)."""
+    """MSN (Assran et al. 2022): assign a masked view and small crops to the prototypes of the whole view."""
 
     @dataclass(frozen=True)
     class Config(Method.Config):
@@ -47,9 +47,9 @@ class MSN(Method):
             0.15, "share of the anchor's patches that is left out", "(0, 1)", "0.15 (ViT-S/16) to 0.7", "mask_erase_pct"
         )
         n_focal: int | None = knob(None, "small crops an image; none: 10, fewer on small images", "[0, inf)", "10")
-        n_prototypes: int = knob(1024, "prototypes", "[2, inf)", "1024")
-        temperature: float = knob(0.1, "of the assignments", "(0, inf)", "0.1")
-        sharpening: float = knob(0.25, "exponent 1 / T of the targets: their temperature, as a share", "(0, 1]", "0.25")
+        n_prototypes: int = knob(1024, "how many prototypes", "[2, inf)", "1024")
+        temperature: float = knob(0.1, "temperature of the assignments", "(0, inf)", "0.1")
+        sharpening: float = knob(0.25, "the targets' temperature, as a share of that", "(0, 1]", "0.25")
         sinkhorn: bool = knob(True, "balance the targets over the prototypes", paper="true (its code)")
         mean_entropy_weight: float = knob(1.0, "weight of the mean entropy in the loss", "[0, inf)", "1")
         head_dim: int = knob(2048, "width of the head's two hidden layers", "[1, inf)", "2048")

@@ -28,13 +28,13 @@ from data2vec_vision.vit import DEFAULT_MODEL, pooled
 
 
 class SwAV(Method):
-    """Swapping assignments between views (Caron et al. 2020)."""
+    """SwAV (Caron et al. 2020): predict the prototypes of one view from all other views."""
 
     @dataclass(frozen=True)
     class Config(Method.Config):
         n_local: int | None = knob(None, "small crops an image; none: 6, fewer on small images", "[0, inf)", "6")
-        n_prototypes: int = knob(1000, "prototypes", "[2, inf)", "3000")
-        temperature: float = knob(0.1, "of the predictions", "(0, inf)", "0.1")
+        n_prototypes: int = knob(1000, "how many prototypes", "[2, inf)", "3000")
+        temperature: float = knob(0.1, "temperature of the predictions", "(0, inf)", "0.1")
         epsilon: float = knob(0.05, "temperature of the assignments", "(0, inf)", "0.05")
         queue_length: int = knob(
             1280, "earlier images that Sinkhorn sees too; 0: none", "[0, inf)", "3840 at batch 256"
