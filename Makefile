@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help demo test lint planted clean
+.PHONY: help demo test lint parity planted clean
 
 help:
 	@echo "make demo     install, train on images that come with the package, show what was learned"
 	@echo "make test     install, run the tests"
 	@echo "make lint     ruff and mypy"
+	@echo "make parity   remake the tables of what other libraries compute (installs them)"
 	@echo "make planted  plant every known defect and see that a test finds it"
 	@echo "make clean    remove the virtual environment and the demo's files"
 
@@ -23,6 +24,10 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+parity: $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[parity]'
+	OMP_NUM_THREADS=1 $(BIN)/python tests/parity/make.py
 
 planted: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/planted.py

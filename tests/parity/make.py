@@ -93,7 +93,7 @@ def write(name, packages, **values):
 
 def loss_and_gradients(loss, **tensors):
     """{"loss": .., "gradient of NAME": ..} for tensors that take one."""
-    gradients = torch.autograd.grad(loss, list(tensors.values()))
+    gradients = torch.autograd.grad(loss, list(tensors.values()), retain_graph=True)
     return {"loss": loss.item()} | {f"gradient of {name}": g for name, g in zip(tensors, gradients)}
 
 
@@ -351,25 +351,19 @@ def make_data2vec():
     hidden = torch.zeros(2, S, dtype=torch.bool).scatter(1, query, True)
     tokens = student(images, bool_masked_pos=hidden).last_hidden_state[:, 1:]
     prediction = at(F.linear(tokens, formula("regressor.weight", D, D), formula("regressor.bias", D)), query)
+    parameters = {
+        "student.mask_token": student.embeddings.mask_token,
+        "student.vit.patch_embed.proj.bias": student.embeddings.patch_embeddings.projection.bias,
+    }
     cases = []
-    for output, norm, k in (("ffn", "instance", 2), ("block", "layer", 2), ("block", "layer", 1)):
+    for output, norm, k, beta in (("ffn", "instance", 2, 2.0), ("block", "layer", 2, 2.0), ("block", "layer", 1, 0.5)):
         normalize = instance_norm if norm == "instance" else layer_norm
         blocks = [normalize(x) for x in states(teacher, images, output)[-k:]]
         target = at(layer_norm(sum(blocks) / k), query)
-        knobs = {"target_output": output, "target_norm": norm, "top_k_blocks": k}
-        losses = {beta: smooth_l1(prediction, target, beta).item() for beta in (2.0, 0.5)}
-        cases.append({"knobs": knobs, "target": target, "loss by beta": losses})
-    gradients = loss_and_gradients(
-        smooth_l1(prediction, target, 2.0),
-        **{
-            "student.mask_token": student.embeddings.mask_token,
-            "student.vit.patch_embed.proj.bias": student.embeddings.patch_embeddings.projection.bias,
-        },
-    )
-    write(
-        "data2vec", ("transformers",), images=images, query=query, prediction=prediction, cases=cases,
-        **{name: value for name, value in gradients.items() if name != "loss"},
-    )  # fmt: skip
+        knobs = {"target_output": output, "target_norm": norm, "top_k_blocks": k, "beta": beta}
+        results = loss_and_gradients(smooth_l1(prediction, target, beta), **parameters)
+        cases.append({"knobs": knobs, "target": target} | results)
+    write("data2vec", ("transformers",), images=images, query=query, prediction=prediction, cases=cases)
 
 
 def make_data2vec2():

@@ -255,7 +255,7 @@ HEAD = {"n_prototypes": 6, "head_dim": 24, "projection_dim": 8}
 
 
 def msn_step(views, keep):
-    method, out, gradients, loss = step_of(MSN(vit(), **HEAD), views, {"keep": keep})
+    _, out, gradients, loss = step_of(MSN(vit(), **HEAD), views, {"keep": keep})
     return out.extras["target"], gradients, loss, out.logs["entropy"]
 
 

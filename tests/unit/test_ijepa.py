@@ -466,19 +466,19 @@ def test_in_eval_mode_it_gives_the_mean_of_the_patches_of_the_whole_image(tiny_v
 
 def test_it_learns_to_predict_better_than_a_constant(tiny_vit):
     """Smooth images, so that hidden patches can be told from their neighbours."""
-    method = IJEPA(tiny_vit(depth=2), **TAU).train()
-    optimizer, generator = torch.optim.AdamW(method.parameters(), 3e-3), torch.Generator().manual_seed(0)
-    images = nn.functional.interpolate(torch.randn(64, 3, 2, 2, generator=generator), 16, mode="bilinear")
+    method, r2 = IJEPA(tiny_vit(depth=1)).train(), []
+    optimizer, generator = torch.optim.AdamW(method.parameters(), 5e-3), torch.Generator().manual_seed(0)
+    images = nn.functional.interpolate(torch.randn(32, 3, 2, 2, generator=generator), 16, mode="bilinear")
     torch.manual_seed(0)
-    for step in range(120):
+    for step in range(80):
         out = method(images)
         optimizer.zero_grad()
         out.loss.backward()
         optimizer.step()
-        method.after_step((step + 1) / 120)
-    prediction, target = out.extras["prediction"], out.extras["target"]
-    r2 = 1 - (prediction - target).square().mean() / target.flatten(0, 2).var(dim=0).mean()
-    assert r2 > 0.15 and out.logs["target_std"] > 0.3
+        method.after_step((step + 1) / 80)
+        prediction, target = out.extras["prediction"], out.extras["target"]
+        r2.append(1 - (prediction - target).square().mean() / target.flatten(0, 2).var(dim=0).mean())
+    assert sum(r2[-20:]) / 20 > 0.08 and out.logs["target_std"] > 0.5
 
 
 def test_views_and_masks_travel_to_workers(tiny_vit):

@@ -391,15 +391,17 @@ def test_in_eval_mode_it_gives_the_embedding_of_the_whole_image(tiny_vit):
 
 def test_it_learns_to_reconstruct_better_than_the_mean_of_a_patch(tiny_vit):
     """Smooth images, so that hidden patches can be told from their neighbours."""
-    method = MAE(tiny_vit(depth=2), decoder_depth=1).train()
-    optimizer, generator = torch.optim.AdamW(method.parameters(), 3e-3), torch.Generator().manual_seed(0)
-    images = nn.functional.interpolate(torch.randn(64, 3, 2, 2, generator=generator), 16, mode="bilinear")
-    for _ in range(120):
+    method, losses = MAE(tiny_vit(depth=1), decoder_depth=1).train(), []
+    optimizer, generator = torch.optim.AdamW(method.parameters(), 5e-3), torch.Generator().manual_seed(0)
+    images = nn.functional.interpolate(torch.randn(32, 3, 2, 2, generator=generator), 16, mode="bilinear")
+    torch.manual_seed(0)
+    for _ in range(60):
         out = method(images)
         optimizer.zero_grad()
         out.loss.backward()
         optimizer.step()
-    assert out.loss < 0.7
+        losses.append(out.loss.item())
+    assert sum(losses[-10:]) / 10 < 0.7
 
 
 def test_views_and_masks_travel_to_workers(tiny_vit):

@@ -52,7 +52,7 @@ def test_rows_of_sinkhorn_sum_to_one_and_prototypes_have_nearly_equal_shares():
     before, after = scores.softmax(dim=1), sinkhorn(scores)
     torch.testing.assert_close(after.sum(dim=1), torch.ones(256, dtype=torch.float64))
     shares = after.mean(dim=0) * 16  # one is the same for all
-    assert 0.85 < shares.min() and shares.max() < 1.15
+    assert shares.min() > 0.85 and shares.max() < 1.15
     assert before.mean(dim=0).max() * 16 > 1.5  # the shares were not equal by themselves
     torch.testing.assert_close(sinkhorn(scores, 1000).mean(dim=0) * 16, torch.ones(16, dtype=torch.float64))
 

@@ -140,7 +140,7 @@ def test_there_are_fewer_small_crops_on_small_grids_and_none_below_4_patches():
 def test_views_travel_to_workers_and_repeat_with_the_seed():
     transform = strong_augmentation((24, 16), (0.3, 1.0))
     views = Views(transform, transform, strong_augmentation((8, 8), (0.05, 0.3)))
-    [one, again] = ([v for v in draw(f, ramps(64), 2)] for f in (views, pickle.loads(pickle.dumps(views))))
+    one, again = (draw(f, ramps(64), 2) for f in (views, pickle.loads(pickle.dumps(views))))
     assert all(torch.equal(a, b) for first, second in zip(one, again) for a, b in zip(first, second))
     assert [tuple(v.shape) for v in one[0]] == [(3, 24, 16), (3, 24, 16), (3, 8, 8)]
     assert not torch.equal(one[0][0], one[0][1]) and not torch.equal(one[0][0], one[1][0])
