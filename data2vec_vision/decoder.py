@@ -73,10 +73,11 @@ class MaskedVisionTransformerDecoder(nn.Module):
         Indices in [0, N + S). Without queries the second output is empty.
         """
         n = tokens.shape[1]
-        x = tokens + self.position[index].to(tokens.dtype)
+        x = (
+            tokens + self.position[index]
+        )  # in fp32, as the encoder's residual stream, whatever autocast makes of tokens
         if query is not None:
-            masks = self.mask_token + self.position[query]
-            x = torch.cat([x, masks.to(x.dtype)], dim=1)
+            x = torch.cat([x, self.mask_token + self.position[query]], dim=1)
         x = self.norm(self.blocks(x))
         return Decoded(x[:, :n], x[:, n:])
 
@@ -95,7 +96,7 @@ class MaskedVisionTransformerDecoder(nn.Module):
         if mask is not None:
             # Chosen, not multiplied: what stands at a masked place, NaN included, must not leak.
             tokens = torch.where(mask.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
-        x = tokens + self.position.to(tokens.dtype)
+        x = tokens + self.position
         return self.norm(self.blocks(x if keep is None else take(x, keep)))
 
 

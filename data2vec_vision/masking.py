@@ -4,7 +4,7 @@ A mask is an int64 tensor of patch indices in [0, S), row-major over the grid of
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Generator, Tensor
@@ -135,7 +135,6 @@ def multiblock(
     n_context: int,
     generator: Generator,
     shared: Generator,
-    target_scale: tuple[float, float] = TARGET_SCALE,
     context_scale: tuple[float, float] = CONTEXT_SCALE,
 ) -> tuple[Tensor, Tensor]:
     """I-JEPA's multi-block masks: context int64 [n_context], targets int64 [n_targets, block].
@@ -146,15 +145,12 @@ def multiblock(
 
     Unlike the official sampler (`multiblock_official`) blocks can lie anywhere, the last row and column
     included; scale and aspect are drawn apart; and the context does not depend on which images share a batch.
-    Raises InputError when the targets leave fewer than `n_context` patches wherever they are put.
+    Where no places are found that leave enough of the context, all targets lie at one place, as a last
+    resort. Raises InputError when even that leaves fewer than `n_context` patches.
     """
     rows, columns = grid
     u = torch.rand(3, generator=shared, dtype=torch.float64).tolist()
-    area = rows * columns * (target_scale[0] + u[0] * (target_scale[1] - target_scale[0]))
-    aspect = TARGET_ASPECT[0] + u[1] * (TARGET_ASPECT[1] - TARGET_ASPECT[0])
-    target_size = fitted(math.sqrt(area * aspect), rows), fitted(math.sqrt(area / aspect), columns)
-    side = math.sqrt(context_scale[0] + u[2] * (context_scale[1] - context_scale[0]))
-    context_size = fitted(rows * side, rows), fitted(columns * side, columns)
+    target_size, context_size = block_sizes(grid, u, context_scale)
 
     def block(size: tuple[int, int]) -> Tensor:
         """Indices of a block at a random place, as [height, width]."""
@@ -163,8 +159,9 @@ def multiblock(
         )
         return torch.arange(rows * columns).view(grid)[top : top + size[0], left : left + size[1]]
 
-    for _ in range(PLACES):
-        targets = torch.stack([block(target_size).flatten() for _ in range(n_targets)])
+    for attempt in range(PLACES + 1):
+        places = n_targets if attempt < PLACES else 1
+        targets = torch.stack([block(target_size).flatten() for _ in range(places)]).repeat(n_targets // places, 1)
         eligible = torch.zeros(rows * columns, dtype=torch.bool)
         eligible[block(context_size).flatten()] = True
         eligible[targets.flatten()] = False
@@ -176,6 +173,28 @@ def multiblock(
         f"{n_targets} target blocks of {target_size[0]} x {target_size[1]} leave no room for a context of {n_context} "
         f"of the {rows} x {columns} patches"
     )
+
+
+def block_sizes(
+    grid: tuple[int, int], u: Sequence[float], context_scale: tuple[float, float] = CONTEXT_SCALE
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(height, width) of a target and of the context block, from three numbers in [0, 1].
+
+    They stand for the target's scale, its aspect, and the context's scale.
+    """
+    rows, columns = grid
+    area = rows * columns * (TARGET_SCALE[0] + u[0] * (TARGET_SCALE[1] - TARGET_SCALE[0]))
+    aspect = TARGET_ASPECT[0] + u[1] * (TARGET_ASPECT[1] - TARGET_ASPECT[0])
+    side = math.sqrt(context_scale[0] + u[2] * (context_scale[1] - context_scale[0]))
+    target = fitted(math.sqrt(area * aspect), rows), fitted(math.sqrt(area / aspect), columns)
+    return target, (fitted(rows * side, rows), fitted(columns * side, columns))
+
+
+def largest_context(grid: tuple[int, int]) -> int:
+    """How many patches a context can have whatever the sizes drawn: the smallest block less the largest target."""
+    aspects = [n / 100 for n in range(101)]
+    height, width = block_sizes(grid, (0, 0, 0))[1]
+    return height * width - max(h * w for h, w in (block_sizes(grid, (1, aspect, 0))[0] for aspect in aspects))
 
 
 def fitted(length: float, longest: int) -> int:

@@ -42,7 +42,7 @@ def sincos_position(grid: tuple[int, int], dim: int) -> Tensor:
     """Fixed 2-D sin-cos positions of a grid of (rows, columns): [S, dim], in the order of MAE and I-JEPA.
 
     The first half of the channels encodes the column, the second the row; each half is [sin | cos] of
-    dim / 4 frequencies from 1 down to 1 / 10000. Raises InputError when 4 does not divide dim.
+    dim / 4 frequencies 10000^(-4 i / dim). Raises InputError when 4 does not divide dim.
     """
     if dim % 4:
         raise InputError(f"sin-cos positions need a width that is a multiple of 4, got {dim}; use {-(-dim // 4) * 4}")

@@ -158,6 +158,9 @@ class Method(nn.Module):
             return Output(embedding.new_zeros((), dtype=torch.float32), embedding, {}, {})
         if masks is None:
             masks = self.sample_masks(len(batch[0]), batch[0].device)
+        if masks and batch[0].dim() == 4 and batch[0].shape[2:] != self.student.image_size:
+            size, built = (" x ".join(map(str, s)) for s in (batch[0].shape[2:], self.student.image_size))
+            raise ValueError(f"masks are for the images of {built} pixels that the encoder was built for, got {size}")
         output = self.training_step(batch, masks)
         self._warn_if_teacher_stands_still(output.loss)
         return output

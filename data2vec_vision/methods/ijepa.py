@@ -22,7 +22,7 @@ from data2vec_vision.decoder import MaskedVisionTransformerDecoder, decoder_widt
 from data2vec_vision.ema import frozen_copy
 from data2vec_vision.errors import InputError
 from data2vec_vision.knobs import knob
-from data2vec_vision.masking import MaskSampler, multiblock, multiblock_official, share
+from data2vec_vision.masking import MaskSampler, largest_context, multiblock, multiblock_official, share
 from data2vec_vision.methods.base import Method, Output
 from data2vec_vision.patches import take
 from data2vec_vision.schedules import cosine
@@ -104,12 +104,23 @@ class IJEPA(Method):
     def initialize(vit: VisionTransformer) -> None:
         fix_position(vit)
         trunc_normal_(vit.patch_embed.proj.weight, std=0.02)
+        if vit.patch_embed.proj.bias is not None:
+            nn.init.zeros_(vit.patch_embed.proj.bias)
 
     def _refuse_masks_that_do_not_fit(self) -> None:
         """Raises InputError when the blocks asked for leave no context: now, rather than in a worker."""
-        draw = self.masks()
-        for seed in range(20):
-            draw(Generator().manual_seed(seed), Generator().manual_seed(seed))
+        c, draw, (rows, columns) = self.config, self.masks(), self.student.grid
+        generators = [(Generator().manual_seed(seed), Generator().manual_seed(seed)) for seed in range(20)]
+        if c.official_sampler:
+            for pair in generators:
+                draw(*pair)
+        elif self.n_context > largest_context(self.student.grid) or (
+            c.n_targets > 1 and all((q == q[0]).all() for q in (draw(*pair)["query"] for pair in generators))
+        ):  # all targets at one place is the last resort of the sampler
+            raise InputError(
+                f"{c.n_targets} target blocks of a sixth of the grid leave no room for a context of {self.n_context} "
+                f"of the {rows} x {columns} patches; use a smaller context_ratio, or fewer n_targets"
+            )
 
     def describe(self) -> str:
         c, predictor = self.config, self.predictor

@@ -88,6 +88,8 @@ class MAE(Method):
         fix_position(vit)
         vit.blocks.apply(xavier)
         nn.init.xavier_uniform_(vit.patch_embed.proj.weight.flatten(1))  # as the linear map that it is
+        if vit.cls_token is not None:
+            nn.init.normal_(vit.cls_token, std=0.02)
 
     def describe(self) -> str:
         S, decoder = self.student.n_patches, self.decoder

@@ -377,11 +377,11 @@ def test_the_target_does_not_collapse_and_is_predicted_better_than_by_a_constant
         optimizer.step()
         method.after_step((step + 1) / 500)
         spreads.append(out.logs["target_std"].item() ** 2)
-    assert min(spreads) > 0.1
+    assert min(spreads) > 0.5
     with torch.no_grad():
         out, target = method(images), method.target(images)
     prediction, hidden = out.extras["prediction"], out.extras["target"]
-    assert target.var(dim=0).mean() > 0.1  # over images at a place: it is not of positions only
+    assert target.var(dim=0).mean() > 0.5  # over images at a place: it is not of positions only
     assert 1 - (prediction - hidden).square().mean() / hidden.var(dim=(0, 1, 2)).mean() > 0.1
 
 

@@ -291,7 +291,7 @@ def test_sizes_of_blocks_are_a_function_of_the_shared_generator_alone():
 
 
 def test_the_context_block_has_the_size_of_the_step_too():
-    """With context blocks of 20 to 30 % of a large grid and all their free patches kept but a few."""
+    """Of 30 images some show its whole height, which is that of the step's third number and never more."""
     for step in range(5):
         heights = set()
         for image in range(30):

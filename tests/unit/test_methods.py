@@ -250,6 +250,18 @@ def test_calls_that_cannot_be_meant_are_refused(name):
         type(method)(method.student.vit, depth=3)
 
 
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"swav"}))
+@pytest.mark.parametrize("side", [12, 32])
+def test_images_of_another_size_than_the_masks_are_refused(name, side):
+    """Else a larger image would be masked in its first rows, at the places of others, and nobody would know."""
+    method = make(name)
+    images = torch.randn(4, 3, side, side, dtype=torch.float64)
+    with pytest.raises(
+        ValueError, match=f"images of 16 x 16 pixels that the encoder was built for, got {side} x {side}"
+    ):
+        method(*[images] * method.fewest_views)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_it_describes_itself_and_its_knobs(name):
     text = methods.explain(name)

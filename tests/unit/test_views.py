@@ -120,7 +120,8 @@ def test_half_of_the_views_are_blurred_by_2_pixels_at_224_and_less_on_small_imag
         ((224, 224), 16, (96, 96)),
         ((224, 224), 14, (98, 98)),
         ((32, 32), 4, (12, 12)),
-        ((16, 16), 4, (8, 8)),  # two patches a side at least
+        ((16, 16), 4, (8, 8)),
+        ((48, 48), 16, (32, 32)),  # two patches a side at least
         ((64, 64), 16, (32, 32)),
         ((224, 448), 16, (96, 192)),
         ((480, 224), 16, (208, 96)),
