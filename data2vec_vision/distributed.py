@@ -78,8 +78,9 @@ def gather(rows: Tensor) -> Tensor:
     """The rows of all processes, in the order of their numbers: [B, ...] -> [B * processes, ...]."""
     if not dist.is_initialized():
         return rows
+    rows = rows.contiguous()
     parts = [torch.empty_like(rows) for _ in range(processes())]
-    dist.all_gather(parts, rows.contiguous())
+    dist.all_gather(parts, rows)
     return torch.cat(parts)
 
 

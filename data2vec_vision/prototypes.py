@@ -64,7 +64,8 @@ def mean_entropy_gap(log_probabilities: Tensor) -> Tensor:
     (Assran et al. 2022, equation 3, there maximised as H).
     """
     p = distributed.mean_with_gradient(log_probabilities.exp().mean(dim=0))
-    return math.log(len(p)) + torch.special.xlogy(p, p).sum()
+    # The logarithm is clamped, because xlogy has no gradient where a prototype is so rare that p underflows.
+    return math.log(len(p)) + torch.special.xlogy(p, p.clamp(min=torch.finfo(p.dtype).tiny)).sum()
 
 
 @torch.no_grad()

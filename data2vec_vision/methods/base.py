@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
@@ -249,3 +250,8 @@ class Method(nn.Module):
 
     def _last_trained(self) -> Tensor:
         return [p for p in self.parameters() if p.requires_grad][-1].detach()
+
+
+def by_resolution(views: Sequence[Tensor]) -> list[Tensor]:
+    """Neighbouring views of one size as one batch, view by view, so that the encoder runs once a resolution."""
+    return [torch.cat(list(same)) for _, same in groupby(views, key=lambda view: view.shape)]

@@ -19,7 +19,7 @@ from data2vec_vision.distributed import BatchNorm
 from data2vec_vision.ema import ema_update, frozen_copy
 from data2vec_vision.knobs import knob
 from data2vec_vision.masking import MaskSampler, random_keep, share
-from data2vec_vision.methods.base import Method, Output
+from data2vec_vision.methods.base import Method, Output, by_resolution
 from data2vec_vision.prototypes import Prototypes, mean_entropy_gap, prototype_use, sinkhorn
 from data2vec_vision.schedules import cosine
 from data2vec_vision.targets import at_least_fp32
@@ -109,8 +109,7 @@ class MSN(Method):
         anchor, target_view, *focal = views
         anchor_feature = self.feature(self.student, anchor, masks["keep"])
         projections = [self.head(anchor_feature)]
-        if focal:  # one pass of the encoder for all small crops, view by view
-            projections.append(self.head(self.feature(self.student, torch.cat(focal))))
+        projections += [self.head(self.feature(self.student, crops)) for crops in by_resolution(focal)]
         projection = at_least_fp32(torch.cat(projections))
         log_p = (self.prototypes(projection) / self.config.temperature).log_softmax(dim=1)  # [V*B, C]
         target = self.target(target_view)

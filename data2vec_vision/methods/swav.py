@@ -8,7 +8,6 @@ and for Sinkhorn the queue: gradient accumulation does not enlarge what they see
 """
 
 from dataclasses import dataclass
-from itertools import groupby
 from types import MappingProxyType
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 from data2vec_vision import distributed
 from data2vec_vision.distributed import BatchNorm
 from data2vec_vision.knobs import knob
-from data2vec_vision.methods.base import Method, Output
+from data2vec_vision.methods.base import Method, Output, by_resolution
 from data2vec_vision.prototypes import Prototypes, prototype_use, sinkhorn
 from data2vec_vision.targets import at_least_fp32
 from data2vec_vision.transforms import Views, ViewTransform, local_crop_count, local_crop_size, strong_augmentation
@@ -101,12 +100,8 @@ class SwAV(Method):
 
     def training_step(self, views: list[Tensor], masks: dict[str, Tensor]) -> Output:
         V, B = len(views), len(views[0])
-        feature = torch.cat(
-            [
-                pooled(self.student.encode(torch.cat(list(same))), self.student.pool)
-                for _, same in groupby(views, key=lambda view: view.shape)  # one pass of the encoder a resolution
-            ]
-        )
+        encoded = [self.student.encode(crops) for crops in by_resolution(views)]
+        feature = torch.cat([pooled(e, self.student.pool) for e in encoded])  # view by view: [V*B, D]
         z = F.normalize(at_least_fp32(self.head(feature)), dim=1)  # one batch norm over all crops: [V*B, E]
         self.prototypes.renormalize()
         scores = self.prototypes.scores(z).view(V, B, -1)
@@ -150,7 +145,7 @@ class SwAV(Method):
             return
         # In the order of the stream; a pass that was not finite must not spoil the passes to come.
         new = torch.cat([distributed.gather(p) for p in waiting]).nan_to_num().flip(0).transpose(0, 1)
-        self.queue = torch.cat([new.to(self.queue.dtype), self.queue], dim=1)[:, : self.config.queue_length]
+        self.queue = torch.cat([new.to(self.queue.dtype), self.queue], dim=1)[:, : self.config.queue_length].clone()
         self.queued = min(self.queued + new.shape[1], self.config.queue_length)
 
     def get_extra_state(self) -> Tensor:
