@@ -76,9 +76,10 @@ def measure(method: str, args: argparse.Namespace) -> dict[str, object]:
         image_size=32, patch_size=4, hidden_dim=192, n_encoders=6, workers=0, log_every=1, save_every=10**6,
         batch_size=args.batch_size, seed=args.seed, device="cpu",
     )  # fmt: skip
+    options = {name: float(value) for name, value in (option.split("=") for option in args.option)}
     out = Path(args.out) / (method + args.tag)
     config = TrainConfig(
-        args.train, method=method, set=tuple(args.set), max_lr=args.max_lr, checkpoint_out_dir=str(out), **settings
+        args.train, method=method, set=tuple(args.set), checkpoint_out_dir=str(out), **settings | options
     )
     steps = -(-len(train_source) // config.images_a_step)
     epochs = max(1, round(60 * args.minutes / (steps * seconds_a_step(config))))
@@ -95,7 +96,7 @@ def measure(method: str, args: argparse.Namespace) -> dict[str, object]:
         untrained = MaskedVisionTransformer(build_encoder(config, method_class)[0]).eval()
     untrained.transform = trained.transform
     result: dict[str, object] = {
-        "method": method, "knobs": args.set, "max_lr": args.max_lr, "epochs": epochs, "cpu_minutes": round(minutes, 1),
+        "method": method, "knobs": args.set + args.option, "epochs": epochs, "cpu_minutes": round(minutes, 1),
         "images_per_cpu_second": round(epochs * steps * config.images_a_step / minutes / 60, 1),
         "wall_minutes": round(wall / 60, 1), "pool": trained.pool,
     }  # fmt: skip
@@ -118,7 +119,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=methods.names())
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--max-lr", type=float)
+    parser.add_argument(
+        "--option", nargs="*", default=[], help="numbers for options of train: max_lr=0.001 tau_initial=0.999"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", nargs="*", default=[])
     parser.add_argument("--tag", default="")
