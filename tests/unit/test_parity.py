@@ -102,7 +102,7 @@ def test_swav_is_that_of_lightly_from_the_features_on(tiny_vit, case):
     """Head, prototypes, codes, loss and their gradients; small crops are predicted from, never assigned."""
     given, expected = table("swav"), table("swav")["lightly"][case]
     vit = tiny_vit(**(OF_TABLES | {"embed_dim": 8}))
-    method = with_formula(SwAV(vit, n_prototypes=6, head_dim=5, projection_dim=3, queue_length=3))
+    method = with_formula(SwAV(vit, n_prototypes=6, head_dim=5, projection_dim=3, queue_length=3, epsilon=0.05))
     if "queue" in case:
         method.queue, method.queued = tensor(given["queue"]), 3
     features = tensor(given["features"])[: int(case[0])].requires_grad_()
