@@ -59,8 +59,8 @@ class TrainConfig:
     mask_erase_pct: float | None = _method(None, "Share of the image that is masked.", "(0, 1)", auto="the method's")
     k: int | None = _method(None, "Number of top hidden states to regress.", "[1, inf)", auto="the method's")
     beta: float | None = _method(None, "Where smooth L1 turns from square to straight.", "[0, inf)", auto="the method's")
-    tau_initial: float | None = _method(None, "Teacher's EMA factor at the start.", "[0, 1]", auto="from the steps")
-    tau_end: float | None = _method(None, "Teacher's EMA factor after its rise.", "[0, 1]", auto="from the steps")
+    tau_initial: float | None = _method(None, "Teacher's EMA factor at the start.", "[0, 1]", auto="the method's, or by the steps")
+    tau_end: float | None = _method(None, "Teacher's EMA factor after its rise.", "[0, 1]", auto="the method's, or by the steps")
     tau_increase_pct: float | None = _method(None, "Share of the run in which tau rises.", "[0, 1]", auto="the method's")
     set: tuple[str, ...] = _method((), "Another knob of the method (see `methods`); can be repeated.", metavar="NAME=VALUE")
 
@@ -280,9 +280,16 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, dict[str, s
         first = min(values.get("tau_end", config.tau_end), round(1 - 1 / max(memory / 10, 2), 6))
         fill("tau_initial", first, "a tenth of that memory at first")
     elif "tau_end" in facts.recipe:  # the method's own, unless the other end was typed beyond it
-        fill("tau_end", max(facts.recipe["tau_end"], config.tau_initial or 0), f"default of {Path(config.method).stem}")
-        last = values.get("tau_end", config.tau_end)
-        fill("tau_initial", min(facts.recipe["tau_initial"], last), f"default of {Path(config.method).stem}")
+        why, first, last = (
+            f"default of {Path(config.method).stem}",
+            *(facts.recipe[n] for n in ("tau_initial", "tau_end")),
+        )
+        if (config.tau_initial or 0) > last:
+            fill("tau_end", config.tau_initial, "as --tau-initial, which is more than the method's default")
+        fill("tau_end", last, why)
+        if first > (last := values.get("tau_end", config.tau_end)):
+            fill("tau_initial", last, "as --tau-end, which is less than the method's default")
+        fill("tau_initial", first, why)
     if "max_lr_at_256" in facts.recipe:
         lr = facts.recipe["max_lr_at_256"] * math.sqrt(config.images_a_step / 256)
         fill("max_lr", float(f"{lr:.2g}"), f"{facts.recipe['max_lr_at_256']:g} x root of {config.images_a_step} / 256")

@@ -5,21 +5,21 @@ A run of several processes is started by torchrun, which sets the environment th
 
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce as all_reduce_with_gradient
 
 
 def processes() -> int:
-    """How many processes the run has."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """How many processes the run has, whether torchrun or somebody's own code started them."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
 def rank() -> int:
     """This process's number, in [0, processes)."""
-    return int(os.environ.get("RANK", 0))
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def local_rank() -> int:
@@ -60,9 +60,21 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
+class _Total(torch.autograd.Function):
+    """The sum over the processes; its gradient is the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return total(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return total(gradients[0].contiguous())
+
+
 def mean_with_gradient(values: Tensor) -> Tensor:
     """The mean of `values` over the processes, through which a gradient flows back to each of them."""
-    return all_reduce_with_gradient(values) / processes() if dist.is_initialized() else values
+    return _Total.apply(values) / processes() if dist.is_initialized() else values
 
 
 def logsumexp(values: Tensor) -> Tensor:

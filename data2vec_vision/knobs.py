@@ -34,7 +34,9 @@ def check_knobs(config: Any) -> None:
     for name, field in knobs(type(config)).items():
         value, allowed = getattr(config, name), choices(hints[name])
         if allowed and value not in allowed:
-            raise InputError(f"{_name(field)} must be {' or '.join(allowed)}, got {value!r}")
+            raise InputError(f"{_name(field)} must be {' or '.join(map(str, allowed))}, got {value!r}")
+        if not allowed:
+            _check_type(_name(field), value, hints[name])
         if field.metadata["within"] and value is not None:
             check_interval(_name(field), value, field.metadata["within"])
 
@@ -77,9 +79,9 @@ def knobs_from(config_class: type, config: TrainConfig, method: str) -> dict[str
 def _parse(name: str, text: str, hint: Any) -> Any:
     kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
     if allowed := choices(hint):
-        if text not in allowed:
-            raise InputError(f"--set {name}={text}: it must be {' or '.join(allowed)}")
-        return text
+        if text not in map(str, allowed):
+            raise InputError(f"--set {name}={text}: it must be {' or '.join(map(str, allowed))}")
+        return next(value for value in allowed if str(value) == text)
     if type(None) in get_args(hint) and text.lower() in ("none", "auto"):
         return None
     kind = kinds[0]
@@ -94,7 +96,16 @@ def _parse(name: str, text: str, hint: Any) -> Any:
         raise InputError(f"--set {name}={text}: it must be {number}") from None
 
 
-def choices(hint: Any) -> tuple[str, ...]:
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    """Raises InputError for a value of another type than the knob's; a whole number is a number too."""
+    kinds = get_args(hint) or (hint,)
+    if type(value) in kinds or (float in kinds and type(value) is int):
+        return
+    words = {int: "a whole number", float: "a number", bool: "true or false", type(None): "none", str: "a text"}
+    raise InputError(f"{name} must be {' or '.join(words[k] for k in kinds)}, got {value!r}")
+
+
+def choices(hint: Any) -> tuple[Any, ...]:
     """What a knob of that type may be, where it is a Literal."""
     return get_args(hint) if get_origin(hint) is Literal else ()
 

@@ -192,7 +192,7 @@ def block_sizes(
 
 def largest_context(grid: tuple[int, int]) -> int:
     """How many patches a context can have whatever the sizes drawn: the smallest block less the largest target."""
-    aspects = [n / 100 for n in range(101)]
+    aspects = [n / 5000 for n in range(5001)]
     height, width = block_sizes(grid, (0, 0, 0))[1]
     return height * width - max(h * w for h, w in (block_sizes(grid, (1, aspect, 0))[0] for aspect in aspects))
 
@@ -230,7 +230,9 @@ def multiblock_official(
         return mask.flatten()
 
     if target_size[0] * target_size[1] <= least:
-        raise InputError(f"{rows} x {columns} patches are too few for the official sampler; leave it out")
+        raise InputError(
+            f"{rows} x {columns} patches are too few for the official sampler; use --set official_sampler=false"
+        )
     targets = [block(target_size) for _ in range(n_targets)]
     for observed in range(n_targets, -1, -1):  # how many targets the context still keeps clear of
         for _ in range(20):
@@ -239,7 +241,9 @@ def multiblock_official(
                 mask = mask * (1 - target)
             if mask.sum() > least:
                 return mask.nonzero().squeeze(1), torch.stack([t.nonzero().squeeze(1) for t in targets])
-    raise InputError(f"{rows} x {columns} patches are too few for the official sampler; leave it out")
+    raise InputError(
+        f"{rows} x {columns} patches are too few for the official sampler; use --set official_sampler=false"
+    )
 
 
 def shrunk(length: float, longest: int) -> int:

@@ -61,7 +61,13 @@ def describe(job: Job) -> str:
         if name in SHOWN
     ]
     lines += [("Chosen" if n == 0 else "", text) for n, text in enumerate(settings)]
+    decay = config.weight_decay, method.weight_decay(config.weight_decay, 1.0)
+    if decay[0] and decay[0] != decay[1]:
+        lines.append(("", f"weight decay from --weight-decay {decay[0]:g} to {decay[1]:g} at the end"))
     if job.restored is not None:
+        if method.batch_statistics and job.restored["config"]["batch_size"] != config.batch_size:
+            before = job.restored["config"]["batch_size"]
+            lines.append(("Note", f"{method.batch_statistics} saw {before} images a pass before: this changes the run"))
         lines.append(("Resumed", f"from {config.resume_checkpoint} after step {job.first_step:,} of {total:,}"))
         if changed := changed_environment(job):
             lines.append(("Note", f"{changed}: the run continues, but not bit for bit"))

@@ -36,9 +36,13 @@ def mean_of_blocks(hidden: Sequence[Tensor], norm: str) -> Tensor:
 
 
 def target_health(target: Tensor, prediction: Tensor) -> dict[str, Tensor]:
-    """For the log: the standard deviation over tokens of targets and predictions [..., D], the mean over channels.
+    """For the log: the spread of targets and predictions [B, ..., D] as standard deviations, the mean over channels.
 
-    A target with layer norm has unit variance whatever happens; what a collapse takes away is the spread over tokens.
+    `target_std` and `prediction_std` are over all tokens: a target with layer norm has unit variance whatever
+    happens; what a collapse takes away is the spread over tokens. `target_image_std` is over images, of the mean of
+    an image's tokens: it falls when targets tell the place and no longer the image.
     """
+    of_images = target.detach().flatten(1, -2).mean(dim=1).std(dim=0, unbiased=False).mean()
     flat = target.detach().flatten(0, -2), prediction.detach().flatten(0, -2)
-    return {name: x.std(dim=0, unbiased=False).mean() for name, x in zip(("target_std", "prediction_std"), flat)}
+    spread = {name: x.std(dim=0, unbiased=False).mean() for name, x in zip(("target_std", "prediction_std"), flat)}
+    return spread | {"target_image_std": of_images}

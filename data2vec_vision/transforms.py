@@ -5,6 +5,7 @@ Shapes: C channels, H x W pixels, P patch side, S patches, `*` any leading dimen
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ class ImageTransform:
 
     def normalized(self, pixels: Tensor) -> Tensor:
         """uint8 [*, 3, H, W] on any device -> float32 of the same shape."""
-        return v2.functional.normalize(pixels.float() / 255, list(self.mean), list(self.std))
+        return (pixels.float() / 255 - constant(self.mean, pixels.device)) / constant(self.std, pixels.device)
 
     def to_dict(self) -> dict[str, Any]:
         return {name: list(value) for name, value in asdict(self).items()}
@@ -109,6 +110,13 @@ class ImageTransform:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ImageTransform":
         return cls(**{name: tuple(value) for name, value in values.items()})
+
+
+@lru_cache
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """One value a channel as [C, 1, 1], copied to the device once and not in every step."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 class Views:

@@ -106,7 +106,7 @@ def explain(name: str | None) -> str:
         default = _shown(field.default)
         if memory is not None and about["option"] in ("tau_initial", "tau_end"):
             default = f"from the length of the run, of which the teacher remembers {memory:.0%}".replace("%", " %")
-        within = " or ".join(choices(hints[knob])) or (about["within"] and f"in {about['within']}")
+        within = " or ".join(map(str, choices(hints[knob]))) or (about["within"] and f"in {about['within']}")
         parts = [f"default {default}", within]
         parts.append(about["paper"] and f"the paper's {about['paper']}")
         rows.append(f"{'':<32} {', '.join(filter(None, parts))}")

@@ -14,6 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_weight_decay
 from torch import Generator, Tensor, nn
 
+from data2vec_vision import distributed
 from data2vec_vision.checkpoint import load_encoder
 from data2vec_vision.ema import ema_update
 from data2vec_vision.errors import InputError, one_line
@@ -28,7 +29,9 @@ class Output(NamedTuple):
     """What a training step gives."""
 
     loss: Tensor  # scalar, at least fp32
-    embedding: Tensor  # [B, D], detached
+    embedding: (
+        Tensor  # [B, D]: in training, detached, of what the student saw of its first view; else of the whole image
+    )
     logs: dict[str, Tensor]  # detached scalars, on the device
     extras: dict[str, Tensor]  # predictions, targets, masks ...
 
@@ -61,7 +64,8 @@ class Method(nn.Module):
     pool: ClassVar[str] = "mean"  # what `embed` gives: "mean", or "cls" where the encoder has a class token
     mask_token: ClassVar[bool] = False  # whether hidden patches are replaced by a token, rather than left out
     class_token: ClassVar[bool] = True  # whether an encoder built from a name keeps its class token
-    view_names: ClassVar[tuple[str, ...]] = ()  # keywords of `forward` for views, in the order of `views()`
+    # Keywords of `forward` for views, in the order of `views()`, with how many of each there must be; None: any number.
+    view_names: ClassVar[Mapping[str, int | None]] = MappingProxyType({})
     fewest_views: ClassVar[int] = 1  # a method with one view takes exactly one
     smallest_batch: ClassVar[int] = 1  # images in a forward pass
     batch_statistics: ClassVar[str] = ""  # what of the method is computed over a pass, not image by image
@@ -153,18 +157,25 @@ class Method(nn.Module):
         images: Tensor | None = None,
         **named: Tensor | Sequence[Tensor],
     ) -> Output:
+        if images is not None and (views or named):
+            raise ValueError(f"{type(self).__name__} takes views to train on or images=... to embed, not both")
         batch = [images] if images is not None else self._ordered(views, named)
         if not self.training or images is not None:
             embedding = self.student.embed(batch[0])
             return Output(embedding.new_zeros((), dtype=torch.float32), embedding, {}, {})
         if masks is None:
             masks = self.sample_masks(len(batch[0]), batch[0].device)
-        if masks and batch[0].dim() == 4 and batch[0].shape[2:] != self.student.image_size:
-            size, built = (" x ".join(map(str, s)) for s in (batch[0].shape[2:], self.student.image_size))
-            raise ValueError(f"masks are for the images of {built} pixels that the encoder was built for, got {size}")
+        if masks:
+            self.refuse_other_size(batch[0])
         output = self.training_step(batch, masks)
         self._warn_if_teacher_stands_still(output.loss)
         return output
+
+    def refuse_other_size(self, images: Tensor) -> None:
+        """Raises ValueError for images to which the masks do not belong."""
+        if images.dim() == 4 and images.shape[2:] != self.student.image_size:
+            size, built = (" x ".join(map(str, s)) for s in (images.shape[2:], self.student.image_size))
+            raise ValueError(f"masks are for the images of {built} pixels that the encoder was built for, got {size}")
 
     def _ordered(self, views: Sequence[Any], named: Mapping[str, Any]) -> list[Tensor]:
         """The views as one list. Raises TypeError and ValueError for what the method does not take."""
@@ -172,8 +183,18 @@ class Method(nn.Module):
         if unknown := set(named) - set(self.view_names):
             known = f"it knows {', '.join(self.view_names)}" if self.view_names else "it takes one batch of images"
             raise TypeError(f"{name} takes no views named {', '.join(sorted(unknown))}; {known}")
-        groups = [*views, *(named[key] for key in self.view_names if named.get(key) is not None)]
-        batch = [view for group in groups for view in ([group] if isinstance(group, Tensor) else group)]
+        batch = _flat(views)
+        for key, count in self.view_names.items():
+            given = _flat([named[key]]) if named.get(key) is not None else []
+            if views and given and count is not None:
+                raise ValueError(f"{name} was given {key} by position and by name")
+            if named and not views and count not in (None, len(given)):
+                raise ValueError(f"{name} takes {count} {key}, got {len(given)}")
+            batch += given
+        if len({len(view) for view in batch}) > 1:
+            raise ValueError(f"the views of {name} are of different numbers of images: {[len(view) for view in batch]}")
+        if self.training and batch and len(batch[0]) * distributed.processes() < self.smallest_batch:
+            raise ValueError(f"{name} compares images: it takes at least {self.smallest_batch} at a time")
         if self.training and (len(batch) < self.fewest_views or len(batch) > self.fewest_views == 1):
             least = "one view" if self.fewest_views == 1 else f"at least {self.fewest_views} views"
             raise ValueError(f"{name} takes {least} of each image, got {len(batch)}")
@@ -210,7 +231,11 @@ class Method(nn.Module):
         return {"tau": linear_ramp(progress, c.tau_initial, c.tau_end, c.tau_increase_pct)}
 
     def weight_decay(self, first: float, progress: float) -> float:
-        """The weight decay at `progress` in [0, 1] of a run that began with `first`."""
+        """The weight decay at `progress` in [0, 1] of a run that began with `first`.
+
+        It belongs to the optimizer, so a loop of one's own sets it there, before each step, in the groups
+        of `param_groups` that have one; `train` does.
+        """
         return first
 
     def before_step(self, progress: float) -> None:
@@ -250,6 +275,11 @@ class Method(nn.Module):
 
     def _last_trained(self) -> Tensor:
         return [p for p in self.parameters() if p.requires_grad][-1].detach()
+
+
+def _flat(groups: Sequence[Tensor | Sequence[Tensor]]) -> list[Tensor]:
+    """Views given one by one or as lists, as one list."""
+    return [view for group in groups for view in ([group] if isinstance(group, Tensor) else group)]
 
 
 def by_resolution(views: Sequence[Tensor]) -> list[Tensor]:

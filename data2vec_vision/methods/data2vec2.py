@@ -5,9 +5,9 @@ Vision, Speech and Language", section 3. Shapes: B batch, M masks an image, S pa
 Q hidden, D width of the encoder, W of the decoder, T blocks in the target.
 
 What differs from the published code: the blocks are timm's, with the norm first, so that timm's models and
-their weights can be used; the final norm therefore precedes the decoder. The weight of the class token's
-loss does not depend on the batch. The decoder's noise is the same for all images of a step, so that
-slicing a step changes nothing.
+their weights can be used; the final norm therefore precedes the decoder, there is no norm before the blocks, and
+none of the blocks is left out of the target. The weight of the class token's loss does not depend on the batch. The
+decoder's noise is the same for all images of a step, so that slicing a step changes nothing.
 """
 
 import math
@@ -88,7 +88,7 @@ class Data2Vec2(Method):
         block_size: int = knob(3, "side of a kept block, in patches; less on small grids", "[1, inf)", "3")
         decoder_dim: int | None = knob(None, "width of the decoder; none: the encoder's", "[1, inf)", "768")
         decoder_depth: int = knob(6, "convolutions of the decoder", "[1, inf)", "6")
-        decoder_kernel: Literal["3", "5", "7"] = knob("3", "side of a convolution's kernel", paper="3")
+        decoder_kernel: Literal[3, 5, 7] = knob(3, "side of a convolution's kernel", paper="3")
         class_weight: float = knob(1.0, "weight of the class token's loss", "[0, inf)", "2.56, 0.01 a mask of 16 x 16")
         tau_initial: float = knob(0.9998, "the teacher's EMA factor at the start", "[0, 1]", "0.9998", "tau_initial")
         tau_end: float = knob(0.99999, "the teacher's EMA factor after its rise", "[0, 1]", "0.99999", "tau_end")
@@ -121,7 +121,7 @@ class Data2Vec2(Method):
         self.top_blocks = range(L - T, L)
         self.n_keep = student.n_patches - share(c.mask_ratio, student.n_patches)
         W = c.decoder_dim or D
-        self.decoder = ConvDecoder(student.grid, D, W, c.decoder_depth, int(c.decoder_kernel))
+        self.decoder = ConvDecoder(student.grid, D, W, c.decoder_depth, c.decoder_kernel)
         self.regressor = nn.Linear(W, D)
         self.teacher = frozen_copy(self.student)
 

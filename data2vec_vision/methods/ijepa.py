@@ -66,7 +66,9 @@ class IJEPA(Method):
         tau_initial: float = knob(0.996, "the teacher's EMA factor at the start", "[0, 1]", "0.996", "tau_initial")
         tau_end: float = knob(1.0, "the teacher's EMA factor after its rise", "[0, 1]", "1", "tau_end")
         tau_increase_pct: float = knob(1.0, "share of the run in which tau rises", "[0, 1]", "1", "tau_increase_pct")
-        weight_decay_end: float = knob(0.4, "weight decay at the end, reached by a cosine", "[0, inf)", "0.4")
+        weight_decay_end: float = knob(
+            0.4, "weight decay at the end, by a cosine, unless --weight-decay is 0", "[0, inf)", "0.4"
+        )
         crop_min: float = knob(0.3, "smallest share of the image that a crop keeps", "(0, 1]", "0.3")
         flip: float = knob(0.0, "probability of a mirror image", "[0, 1]", "0")
 
@@ -148,7 +150,7 @@ class IJEPA(Method):
         prediction = at_least_fp32(self.head(predicted)).view(B, M, Q, -1)
         loss = F.smooth_l1_loss(prediction, target, beta=self.config.beta)
         logs = target_health(target, prediction)
-        logs |= {"context_patches": loss.new_tensor(keep.shape[1]), "target_patches": loss.new_tensor(Q)}
+        logs |= {"context_patches": loss.new_full((), keep.shape[1]), "target_patches": loss.new_full((), Q)}
         extras = {"prediction": prediction, "target": target, **masks}
         return Output(loss, encoded.tokens.detach().mean(dim=1), logs, extras)
 

@@ -3,6 +3,7 @@
 He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners", section 3. Shapes: B batch, S patches,
 K kept, Q hidden, N prefix tokens, D width of the encoder, W of the decoder, P patch side.
 
+What differs from the published code: the decoder is smaller for small encoders, and gradients are clipped.
 The decoder gets the visible tokens at their places and mask tokens at the hidden ones, without a canvas in
 between; it is the same function as the paper's un-shuffling, in another order of tokens.
 """
@@ -74,7 +75,7 @@ class MAE(Method):
         self.n_keep = student.n_patches - share(c.mask_ratio, student.n_patches)
         W = c.decoder_dim or min(512, 32 * max(1, round(student.embed_dim / 48)))
         depth = c.decoder_depth or (8 if student.embed_dim >= 768 else 4)
-        heads = c.decoder_heads or max(1, W // 32)
+        heads = c.decoder_heads or next(h for h in range(max(1, W // 32), 0, -1) if W % h == 0)
         self.embed = nn.Linear(student.embed_dim, W)
         self.decoder = MaskedVisionTransformerDecoder(
             student.grid, W, depth, heads, student.vit.num_prefix_tokens, init="xavier"
@@ -123,7 +124,7 @@ class MAE(Method):
 
     def target(self, images: Tensor) -> Tensor:
         """The pixels of every patch, [B, 3, H, W] -> [B, S, 3*P*P]; with norm_pix of mean 0 and variance 1 each."""
-        patches = at_least_fp32(patchify(images, self.student.patch_size))
+        patches = at_least_fp32(patchify(images, self.student.patch_size) if images.dim() == 4 else images)
         if not self.config.norm_pix:
             return patches
         mean, deviation = self._patch_statistics(patches)
@@ -140,6 +141,7 @@ class MAE(Method):
 
         With norm_pix the decoder knows a patch up to its mean and deviation: these are taken from the image.
         """
+        self.refuse_other_size(images)
         masks = self.sample_masks(len(images), images.device) if masks is None else masks
         encoded = self.student.encode(images, keep=masks["keep"])
         prediction = self.decode(encoded.prefix, encoded.tokens, masks)

@@ -3,10 +3,15 @@
 Assran et al. 2022, "Masked Siamese Networks for Label-Efficient Learning", section 3. Shapes: B batch, V
 anchor views, S patches, K kept patches, D width, C prototypes.
 
+What differs from the published code: each image has its own mask, not each batch; position embeddings and the
+class token are not decayed; prototypes are clipped with the rest; schedules end with the run; the blur is smaller on
+small images.
+
 The hidden patches are left out, not replaced. Batch norm, Sinkhorn and the mean entropy are over the
 images of one forward pass in all processes: gradient accumulation does not enlarge what they see.
 """
 
+import math
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +23,7 @@ from torch import Generator, Tensor, nn
 from data2vec_vision.distributed import BatchNorm
 from data2vec_vision.ema import ema_update, frozen_copy
 from data2vec_vision.knobs import knob
-from data2vec_vision.masking import MaskSampler, random_keep, share
+from data2vec_vision.masking import MaskSampler, random_keep
 from data2vec_vision.methods.base import Method, Output, by_resolution
 from data2vec_vision.prototypes import Prototypes, mean_entropy_gap, prototype_use, sinkhorn
 from data2vec_vision.schedules import cosine
@@ -57,7 +62,9 @@ class MSN(Method):
         tau_initial: float = knob(0.996, "the teacher's EMA factor at the start", "[0, 1]", "0.996", "tau_initial")
         tau_end: float = knob(0.9992, "the teacher's EMA factor after its rise", "[0, 1]", "0.9992", "tau_end")
         tau_increase_pct: float = knob(1.0, "share of the run in which tau rises", "[0, 1]", "1", "tau_increase_pct")
-        weight_decay_end: float = knob(0.4, "weight decay at the end, reached by a cosine", "[0, inf)", "0.37")
+        weight_decay_end: float = knob(
+            0.4, "weight decay at the end, by a cosine, unless --weight-decay is 0", "[0, inf)", "0.37"
+        )
         crop_min: float = knob(0.3, "smallest share of the image in the two large crops", "(0, 1]", "0.3")
         focal_min: float = knob(0.05, "smallest share of the image in a small crop", "(0, 1]", "0.05")
         color_jitter: float = knob(0.5, "strength of the colour jitter", "[0, 1]", "0.5")
@@ -66,7 +73,7 @@ class MSN(Method):
 
     recipe = MappingProxyType({"max_lr_at_256": 5e-4, "warmup_pct": 0.1, "weight_decay": 0.04, "clip_grad": 3.0})
     pool = "cls"
-    view_names = ("anchor", "target", "focal_views")
+    view_names = MappingProxyType({"anchor": 1, "target": 1, "focal_views": None})
     fewest_views = 2
     smallest_batch = 2
     batch_statistics = "batch norm, Sinkhorn and mean entropy"
@@ -80,7 +87,7 @@ class MSN(Method):
     ):
         super().__init__(encoder, image_size, pretrained, **knobs)
         c, student = self.config, self.student
-        self.n_keep = student.n_patches - share(c.mask_ratio, student.n_patches)
+        self.n_keep = max(1, math.floor((1 - c.mask_ratio) * student.n_patches + 1e-9))  # 166 of 196, as published
         self.n_focal = local_crop_count(student.grid, 10) if c.n_focal is None else c.n_focal
         self.head = projection_head(student.embed_dim, c.head_dim, c.projection_dim)
         self.prototypes = Prototypes(c.n_prototypes, c.projection_dim)

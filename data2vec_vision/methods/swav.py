@@ -5,7 +5,9 @@ Shapes: B batch, V views, D width, E width of the projections, C prototypes, L q
 
 The paper's assignments (epsilon 0.05, 3000 prototypes) and its harder views collapsed to the uniform one within
 100 steps of 64 small images; the defaults are what its authors advise then: a lower epsilon, easier views, fewer
-prototypes. There is no teacher. Batch norm and Sinkhorn are over the images of one forward pass in all processes,
+prototypes. AdamW takes the place of SGD with LARC, which is for ResNets; prototypes, biases and norms are not decayed.
+
+There is no teacher. Batch norm and Sinkhorn are over the images of one forward pass in all processes,
 and for Sinkhorn the queue: gradient accumulation does not enlarge what they see, the queue does.
 """
 
@@ -51,7 +53,7 @@ class SwAV(Method):
     # The paper's SGD with LARC is for ResNets; AdamW is what DINO trained SwAV's ViT with.
     recipe = MappingProxyType({"max_lr_at_256": 5e-4, "warmup_pct": 0.1, "weight_decay": 0.05, "clip_grad": 3.0})
     pool = "cls"
-    view_names = ("global_views", "local_views")
+    view_names = MappingProxyType({"global_views": 2, "local_views": None})
     fewest_views = 2
     smallest_batch = 2
     batch_statistics = "batch norm and Sinkhorn"
@@ -79,6 +81,7 @@ class SwAV(Method):
         # Projections of the two large crops of the images last seen, newest first; the same in every process.
         self.register_buffer("queue", torch.zeros(2, c.queue_length, c.projection_dim))
         self.queued = 0  # images in the queue so far
+        self.queue_full = False  # a flag of its own, so that a compiled step does not depend on the number
         self._waiting: list[Tensor] = []  # projections [b, 2, E] of this step, which join the queue after it
 
     def describe(self) -> str:
@@ -121,7 +124,7 @@ class SwAV(Method):
         A full queue takes part in the balance, scored with the present prototypes; each process brings its share of it.
         """
         B = len(scores)
-        if self.config.queue_length and self.queued >= self.config.queue_length:
+        if self.queue_full:
             share = self.queue[crop, distributed.rank() :: distributed.processes()].to(scores.dtype)
             scores = torch.cat([scores, self.prototypes.scores(share)])
         return sinkhorn(scores / self.config.epsilon)[:B]
@@ -146,13 +149,16 @@ class SwAV(Method):
         # In the order of the stream; a pass that was not finite must not spoil the passes to come.
         new = torch.cat([distributed.gather(p) for p in waiting]).nan_to_num().flip(0).transpose(0, 1)
         self.queue = torch.cat([new.to(self.queue.dtype), self.queue], dim=1)[:, : self.config.queue_length].clone()
-        self.queued = min(self.queued + new.shape[1], self.config.queue_length)
+        self._set_queued(min(self.queued + new.shape[1], self.config.queue_length))
+
+    def _set_queued(self, count: int) -> None:
+        self.queued, self.queue_full = count, 0 < self.config.queue_length <= count
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.queued)
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.queued = int(state)
+        self._set_queued(int(state))
 
 
 def swapped_prediction(log_p: Tensor, codes: Tensor) -> Tensor:

@@ -85,6 +85,12 @@ def test_without_a_memory_tau_is_the_methods_own():
     own = {"tau_initial": 0.996, "tau_end": 0.9992}
     config, reasons = resolve(TrainConfig(input_path="x", method="msn"), replace(FACTS, recipe=own))
     assert (config.tau_initial, config.tau_end) == (0.996, 0.9992) and reasons["tau_end"] == "default of msn"
+    for typed, other, why in (("tau_initial", "tau_end", "more than"), ("tau_end", "tau_initial", "less than")):
+        value = 0.9999 if typed == "tau_initial" else 0.9
+        config, reasons = resolve(
+            TrainConfig(input_path="x", method="msn", **{typed: value}), replace(FACTS, recipe=own)
+        )
+        assert getattr(config, other) == value and f"{why} the method's default" in reasons[other]
 
 
 def test_defaults_suit_10000_images_and_one_gpu():

@@ -127,7 +127,7 @@ def test_loss_equals_naive_code(tiny_vit, vit):
 
 
 @pytest.mark.parametrize(
-    "knobs", [{"decoder_dim": 16}, {"decoder_kernel": "5", "decoder_depth": 3}, {"decoder_depth": 1}]
+    "knobs", [{"decoder_dim": 16}, {"decoder_kernel": 5, "decoder_depth": 3}, {"decoder_depth": 1}]
 )
 def test_loss_equals_naive_code_with_other_decoders(tiny_vit, knobs):
     method, images = make(tiny_vit, class_weight=0.0, **knobs), batch(2)
@@ -396,7 +396,8 @@ def test_the_target_does_not_collapse_and_is_predicted_better_than_by_a_constant
         ({"block_size": 0}, "block_size must be at least 1"),
         ({"decoder_dim": 0}, "decoder_dim must be at least 1"),
         ({"decoder_depth": 0}, "decoder_depth must be at least 1"),
-        ({"decoder_kernel": "4"}, "decoder_kernel must be 3 or 5 or 7, got '4'"),
+        ({"decoder_kernel": 4}, "decoder_kernel must be 3 or 5 or 7, got 4"),
+        ({"n_masks": 2.0}, "n_masks must be a whole number, got 2.0"),
         ({"class_weight": -1.0}, "class_weight must be at least 0"),
         ({"tau_initial": -0.1}, "--tau-initial must be between 0 and 1"),
         ({"crop_min": 0.0}, "crop_min must be between 0 and 1, 0 excluded"),

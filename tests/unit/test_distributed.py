@@ -7,6 +7,7 @@ import socket
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,10 +20,13 @@ from data2vec_vision.vit import build_vit
 
 
 def work(rank, port, pipe):
-    """One of 2 processes: joins the other and calls what it is told to, until it is killed."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
+    """One of 2 processes: joins the other and calls what it is told to, until it is killed.
+
+    As in somebody's own code, without the environment of torchrun; that is tested from the command line.
+    """
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    distributed.start(torch.device("cpu"))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
     while True:
         function, arguments = pickle.loads(pipe.recv_bytes())
         pipe.send_bytes(pickle.dumps(function(*arguments)))

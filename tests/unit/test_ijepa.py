@@ -292,7 +292,10 @@ def test_grids_too_small_for_blocks_are_refused(tiny_vit, side):
     [
         ({"n_targets": 60}, "60 target blocks .* leave no room for a context of 4 of the 4 x 4 patches"),
         ({"context_ratio": 0.95}, "4 target blocks .* leave no room for a context of 15"),
-        ({"official_sampler": True}, "4 x 4 patches are too few for the official sampler; leave it out"),
+        (
+            {"official_sampler": True},
+            "4 x 4 patches are too few for the official sampler; use --set official_sampler=false",
+        ),
     ],
 )
 def test_masks_that_cannot_be_are_refused_at_once(tiny_vit, knobs, message):

@@ -420,7 +420,9 @@ def test_views_and_masks_travel_to_workers(tiny_vit):
         ({"decoder_depth": 0}, "decoder_depth must be at least 1"),
         ({"decoder_dim": 18}, "a decoder of width 18 cannot have 1 head"),
         ({"decoder_dim": 64, "decoder_heads": 3}, "a decoder of width 64 cannot have 3 head"),
-        ({"decoder_dim": 100}, "use a multiple of 12"),
+        ({"decoder_dim": 100, "decoder_heads": 3}, "use a multiple of 12"),
+        ({"norm_pix": "false"}, "norm_pix must be true or false, got 'false'"),
+        ({"mask_ratio": "0.5"}, "--mask-erase-pct must be a number, got '0.5'"),
     ],
 )
 def test_knobs_out_of_range_are_refused(tiny_vit, knobs, message):

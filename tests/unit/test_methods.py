@@ -11,6 +11,7 @@ from torch import nn
 import data2vec_vision as d2v
 from data2vec_vision import methods
 from data2vec_vision.methods.base import stack_masks
+from data2vec_vision.patches import patchify
 from data2vec_vision.seeding import generator
 from data2vec_vision.vit import build_vit
 
@@ -295,3 +296,35 @@ def test_masks_that_differ_in_length_are_cut_to_the_shortest():
         [{"keep": torch.arange(5), "query": torch.ones(2, 3)}, {"keep": torch.arange(2, 5), "query": torch.ones(2, 3)}]
     )
     assert masks["keep"].tolist() == [[0, 1, 2], [2, 3, 4]] and masks["query"].shape == (2, 2, 3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_compiled_step_is_compiled_once(name):
+    """A number that changes from step to step, such as the images in a queue, would compile every step anew."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    method, counter = make(name, torch.float32), CompileCounter()
+    forward = torch.compile(method, backend=counter)
+    counts = []
+    for step in range(8):
+        views, masks = batch(method, seed=step if name != "ijepa" else 0)  # I-JEPA's blocks differ in size
+        forward(views, masks=masks).loss.backward()
+        method.zero_grad()
+        method.after_step((step + 1) / 8)
+        counts.append(counter.frame_count)
+    assert counts[-1] == counts[3], counts
+
+
+def test_reconstructions_are_of_images_that_the_masks_fit():
+    method = make("mae", torch.float32)
+    with pytest.raises(ValueError, match="images of 16 x 16 pixels"):
+        method.reconstruct(torch.randn(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize("name", ["data2vec", "data2vec2", "ijepa", "mae"])
+def test_sequences_of_patches_are_images_too(name):
+    method = make(name)
+    views, masks = batch(method)
+    expected = method(views, masks=masks).loss
+    torch.testing.assert_close(method(patchify(views[0], 4), masks=masks).loss, expected)

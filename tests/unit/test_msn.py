@@ -173,22 +173,22 @@ def lengths_seen(method, views, keep):
 
 def test_hidden_patches_are_left_out_and_each_resolution_takes_one_pass(tiny_vit):
     method = make(tiny_vit)
-    assert method.student.mask_token is None and method.n_keep == 10
+    assert method.student.mask_token is None and method.n_keep == 9
     seen = lengths_seen(method, batch(focal=5), keeps(method))
-    assert seen == {"student": [(4, 11), (5 * 4, 5)], "teacher": [(4, 17)]}
+    assert seen == {"student": [(4, 10), (5 * 4, 5)], "teacher": [(4, 17)]}
     seen = lengths_seen(make(tiny_vit), batch(focal=0), keeps(method))
-    assert seen == {"student": [(4, 11)], "teacher": [(4, 17)]}
+    assert seen == {"student": [(4, 10)], "teacher": [(4, 17)]}
 
 
 def test_focal_views_of_the_size_of_the_anchor_are_not_masked_either(tiny_vit):
     method, views = make(tiny_vit), batch(focal=2, focal_side=16)
     keep = keeps(method)
-    assert lengths_seen(method, views, keep)["student"] == [(4, 11), (8, 17)]
+    assert lengths_seen(method, views, keep)["student"] == [(4, 10), (8, 17)]
     assert method(views, masks={"keep": keep}).loss.item() == pytest.approx(naive_loss(method, views, keep).item())
 
 
 def test_masks_leave_out_the_share_asked_for_and_differ_between_images(tiny_vit):
-    for ratio, kept in ((0.15, 14), (0.5, 8), (0.001, 15), (0.999, 1)):
+    for ratio, kept in ((0.15, 13), (0.5, 8), (0.001, 15), (0.999, 1)):
         assert keeps(make(tiny_vit, mask_ratio=ratio)).shape == (4, kept)
     method = make(tiny_vit, mask_ratio=0.5)
     assert len({tuple(keep.tolist()) for keep in keeps(method, 20)}) > 15
@@ -222,9 +222,23 @@ def test_ways_to_give_the_views_are_the_same(tiny_vit):
 
 def test_too_few_views_and_unknown_names_are_refused(tiny_vit):
     method, views = make(tiny_vit), batch()
-    for call in (lambda: method(views[0]), lambda: method(views[:1]), lambda: method(anchor=views[0])):
+    for call in (lambda: method(views[0]), lambda: method(views[:1])):
         with pytest.raises(ValueError, match="MSN takes at least 2 views of each image, got 1"):
             call()
+    for names, message in (
+        ({"anchor": views[0]}, "MSN takes 1 target, got 0"),
+        ({"anchor": views[0], "focal_views": [views[2]]}, "MSN takes 1 target, got 0"),
+        ({"focal_views": views[:2]}, "MSN takes 1 anchor, got 0"),
+        ({"anchor": views[:2], "target": views[1]}, "MSN takes 1 anchor, got 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            method(**names)
+    with pytest.raises(ValueError, match="MSN was given target by position and by name"):
+        method(views[0], target=views[1])
+    with pytest.raises(ValueError, match="of different numbers of images"):
+        method(views[0], views[1][:2])
+    with pytest.raises(ValueError, match="MSN compares images: it takes at least 2 at a time"):
+        method(views[0][:1], views[1][:1])
     with pytest.raises(TypeError, match="MSN takes no views named focal; it knows anchor, target, focal_views"):
         method(views[0], views[1], focal=views[2])
 
@@ -316,7 +330,7 @@ def test_extras_and_logs_say_what_was_computed(tiny_vit):
     method, views = make(tiny_vit), batch(focal=3)
     out = method(views)
     shapes = {name: tuple(x.shape) for name, x in out.extras.items()}
-    assert shapes == {"log_prediction": (16, 6), "target": (4, 6), "projection": (16, 8), "keep": (4, 10)}
+    assert shapes == {"log_prediction": (16, 6), "target": (4, 6), "projection": (16, 8), "keep": (4, 9)}
     gap = out.loss.item() - out.logs["cross_entropy"].item()
     assert out.logs["entropy"].item() == pytest.approx(1 - gap / math.log(6))
     assert all(not value.requires_grad and value.shape == () for value in out.logs.values())
@@ -325,9 +339,9 @@ def test_extras_and_logs_say_what_was_computed(tiny_vit):
 @pytest.mark.parametrize(
     ("size", "patch", "count", "crop", "kept"),
     [
-        (224, 16, 10, (96, 96), 167),
+        (224, 16, 10, (96, 96), 166),
         (32, 4, 6, (12, 12), 54),
-        (16, 4, 3, (8, 8), 14),
+        (16, 4, 3, (8, 8), 13),
         ((32, 16), 4, 3, (12, 8), 27),
         ((64, 96), 16, 3, (32, 48), 20),
     ],

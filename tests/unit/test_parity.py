@@ -104,7 +104,8 @@ def test_swav_is_that_of_lightly_from_the_features_on(tiny_vit, case):
     vit = tiny_vit(**(OF_TABLES | {"embed_dim": 8}))
     method = with_formula(SwAV(vit, n_prototypes=6, head_dim=5, projection_dim=3, queue_length=3, epsilon=0.05))
     if "queue" in case:
-        method.queue, method.queued = tensor(given["queue"]), 3
+        method.queue = tensor(given["queue"])
+        method.set_extra_state(torch.tensor(3))
     features = tensor(given["features"])[: int(case[0])].requires_grad_()
     method.student.encode = stand_in(features.flatten(0, 1))
     views = [numbered(4 * v, 4, side=8 if v < 2 else 4) for v in range(len(features))]

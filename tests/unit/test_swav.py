@@ -137,9 +137,13 @@ def test_ways_to_give_the_views_are_the_same(tiny_vit):
 
 def test_too_few_views_and_unknown_names_are_refused(tiny_vit):
     method, views = make(tiny_vit), batch()
-    for call in (lambda: method(views[0]), lambda: method(global_views=views[:1])):
-        with pytest.raises(ValueError, match="SwAV takes at least 2 views of each image, got 1"):
-            call()
+    with pytest.raises(ValueError, match="SwAV takes at least 2 views of each image, got 1"):
+        method(views[0])
+    for names in ({"global_views": views[:1], "local_views": views[2:]}, {"local_views": views}):
+        with pytest.raises(ValueError, match="SwAV takes 2 global_views, got [01]"):  # else small crops had codes
+            method(**names)
+    with pytest.raises(ValueError, match="takes views to train on or images=... to embed, not both"):
+        method(views[0], views[1], images=views[0])
     with pytest.raises(TypeError, match="SwAV takes no views named crops; it knows global_views, local_views"):
         method(crops=views)
 
