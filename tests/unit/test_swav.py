@@ -125,14 +125,17 @@ def test_one_pass_of_the_encoder_a_resolution_and_one_of_the_head(tiny_vit):
 
 def test_ways_to_give_the_views_are_the_same(tiny_vit):
     method, (one, two, *local) = make(tiny_vit), batch()
-    loss = method([one, two, *local]).loss
-    assert torch.equal(method(one, two, *local).loss, loss)
-    assert torch.equal(method([one, two], local).loss, loss)
-    assert torch.equal(method(global_views=[one, two], local_views=local).loss, loss)
-    assert torch.equal(method(local_views=local, global_views=[one, two]).loss, loss)
-    pair = method(one, two).loss
-    assert torch.equal(method([one, two]).loss, pair) and torch.equal(method(global_views=[one, two]).loss, pair)
-    assert not torch.equal(pair, loss)
+    loss, pair = method([one, two, *local]).loss, method(one, two).loss
+    for same in (
+        method(one, two, *local),
+        method([one, two], local),
+        method(global_views=[one, two], local_views=local),
+        method(local_views=local, global_views=[one, two]),
+    ):
+        torch.testing.assert_close(same.loss, loss)  # the prototypes are normalised again, which may move the last bit
+    for same in (method([one, two]), method(global_views=[one, two])):
+        torch.testing.assert_close(same.loss, pair)
+    assert abs(pair - loss) > 1e-4
 
 
 def test_too_few_views_and_unknown_names_are_refused(tiny_vit):
@@ -294,7 +297,8 @@ def test_a_pass_that_is_not_finite_does_not_spoil_those_to_come(tiny_vit):
 def test_without_a_queue_nothing_is_kept(tiny_vit):
     method = make(tiny_vit, queue_length=0, queue_start=0.0)
     first, second = method(batch()), steps(method, 2) and method(batch())
-    assert torch.equal(first.loss, second.loss) and method.queued == 0 and method.queue.numel() == 0
+    torch.testing.assert_close(first.loss, second.loss)
+    assert method.queued == 0 and method.queue.numel() == 0
 
 
 def test_the_knobs_it_starts_with_suit_32_images_of_32_pixels(tiny_vit):
