@@ -3,8 +3,8 @@
 Caron et al. 2020, "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", section 3.
 Shapes: B batch, V views, D width, E width of the projections, C prototypes, L queue.
 
-The paper's assignments (epsilon 0.05, 3000 prototypes) and its harder views collapsed to the uniform one within
-100 steps of 64 small images; the defaults are what its authors advise then: a lower epsilon, easier views, fewer
+What differs from the paper: its epsilon of 0.05 and its harder views collapsed to uniform assignments within 100 steps
+on batches of 64 small images, so the defaults are what its authors advise then: a lower epsilon, easier views, fewer
 prototypes. AdamW takes the place of SGD with LARC, which is for ResNets; prototypes, biases and norms are not decayed.
 
 There is no teacher. Batch norm and Sinkhorn are over the images of one forward pass in all processes,
@@ -56,7 +56,7 @@ class SwAV(Method):
     view_names = MappingProxyType({"global_views": 2, "local_views": None})
     fewest_views = 2
     smallest_batch = 2
-    batch_statistics = "batch norm and Sinkhorn"
+    batch_statistics = "batch norm and, beside the queue, Sinkhorn"
 
     queue: Tensor
 
