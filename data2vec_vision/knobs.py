@@ -64,6 +64,8 @@ def knobs_from(config_class: type, config: TrainConfig, method: str) -> dict[str
         name, equals, text = item.partition("=")
         if not equals:
             raise InputError(f"--set {item} must be NAME=VALUE")
+        if name in by_option:
+            raise InputError(f"--set {name}: this knob has an option of its own, {flag(name)}")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"`methods {method}` lists them"

@@ -89,7 +89,9 @@ class Data2Vec2(Method):
         decoder_dim: int | None = knob(None, "width of the decoder; none: the encoder's", "[1, inf)", "768")
         decoder_depth: int = knob(6, "convolutions of the decoder", "[1, inf)", "6")
         decoder_kernel: Literal[3, 5, 7] = knob(3, "side of a convolution's kernel", paper="3")
-        class_weight: float = knob(1.0, "weight of the class token's loss", "[0, inf)", "2.56, 0.01 a mask of 16 x 16")
+        class_token_weight: float = knob(
+            1.0, "weight of the class token's loss", "[0, inf)", "2.56, 0.01 a mask of 16 x 16"
+        )
         tau_initial: float = knob(0.9998, "the teacher's EMA factor at the start", "[0, 1]", "0.9998", "tau_initial")
         tau_end: float = knob(0.99999, "the teacher's EMA factor after its rise", "[0, 1]", "0.99999", "tau_end")
         tau_increase_pct: float = knob(
@@ -156,11 +158,11 @@ class Data2Vec2(Method):
         prediction = prediction.view(B, M, Q, -1)
         loss = scaled_square(prediction, hidden_target)
         logs = target_health(hidden_target, prediction)
-        if self.student.vit.cls_token is not None and self.config.class_weight:
+        if self.student.vit.cls_token is not None and self.config.class_token_weight:
             class_token = at_least_fp32(encoded.prefix[:, 0]).view(B, M, -1)
             class_loss = scaled_square(class_token, target.mean(dim=1, keepdim=True).expand_as(class_token))
             logs["class_loss"] = class_loss.detach()
-            loss = loss + self.config.class_weight * class_loss
+            loss = loss + self.config.class_token_weight * class_loss
         embedding = encoded.tokens.detach().mean(dim=1).view(B, M, -1).mean(dim=1)
         extras = {"prediction": prediction, "target": hidden_target, "keep": keep, "query": query}
         return Output(loss, embedding, logs, extras)

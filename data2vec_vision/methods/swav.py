@@ -41,7 +41,9 @@ class SwAV(Method):
         epsilon: float = knob(0.03, "temperature of the assignments", "(0, inf)", "0.05")
         queue_length: int = knob(512, "earlier images that Sinkhorn sees too; 0: none", "[0, inf)", "3840 at batch 256")
         queue_start: float = knob(0.15, "share of the run after which the queue fills", "[0, 1]", "0.15 of 100 epochs")
-        freeze_prototypes: float = knob(0.01, "share of the run in which the prototypes rest", "[0, 1)", "1 epoch")
+        freeze_prototypes: float = knob(
+            0.01, "share of the run in which the prototypes are frozen", "[0, 1)", "1 epoch"
+        )
         head_dim: int = knob(2048, "width of the head's hidden layer", "[1, inf)", "2048")
         projection_dim: int = knob(128, "width of what is compared with the prototypes", "[1, inf)", "128")
         crop_min: float = knob(0.3, "smallest share of the image in the two large crops", "(0, 1]", "0.14")

@@ -400,7 +400,7 @@ def make_data2vec2():
     }
     write(
         "data2vec2", ("transformers",), images=images, keep=kept.view(B, M, -1), query=query.view(B, M, Q),
-        class_weight=0.01 * B * M, target=target, prediction=prediction.view(B, M, Q, D),
+        class_token_weight=0.01 * B * M, target=target, prediction=prediction.view(B, M, Q, D),
         **loss_and_gradients(loss, **parameters),
     )  # fmt: skip
 

@@ -119,7 +119,7 @@ def naive_losses(method, images, keep, query, noise):
 
 @pytest.mark.parametrize("vit", [{}, NO_CLASS_TOKEN, REGISTERS, NO_CLASS_TOKEN | REGISTERS])
 def test_loss_equals_naive_code(tiny_vit, vit):
-    method, images = make(tiny_vit, vit, class_weight=1.7), batch(2)
+    method, images = make(tiny_vit, vit, class_token_weight=1.7), batch(2)
     masks = masks_of(method, 2)
     out, (patches, classes) = method(images, masks=masks), naive_losses(method, images, **masks)
     assert out.loss.item() == pytest.approx((patches + 1.7 * classes).item() if classes else patches.item(), rel=1e-9)
@@ -130,7 +130,7 @@ def test_loss_equals_naive_code(tiny_vit, vit):
     "knobs", [{"decoder_dim": 16}, {"decoder_kernel": 5, "decoder_depth": 3}, {"decoder_depth": 1}]
 )
 def test_loss_equals_naive_code_with_other_decoders(tiny_vit, knobs):
-    method, images = make(tiny_vit, class_weight=0.0, **knobs), batch(2)
+    method, images = make(tiny_vit, class_token_weight=0.0, **knobs), batch(2)
     masks = masks_of(method, 2)
     assert method(images, masks=masks).loss.item() == pytest.approx(naive_losses(method, images, **masks)[0].item())
 
@@ -150,7 +150,7 @@ def test_the_decoder_is_convolution_norm_gelu_and_residual(grid, width, dim, gro
 
 
 def test_the_class_token_predicts_the_mean_of_the_target_with_a_weight_of_its_own(tiny_vit):
-    method, images = make(tiny_vit, class_weight=2.5), batch(2)
+    method, images = make(tiny_vit, class_token_weight=2.5), batch(2)
     masks = masks_of(method, 2)
     out, (patches, classes) = method(images, masks=masks), naive_losses(method, images, **masks)
     assert out.logs["class_loss"].item() == pytest.approx(classes.item())
@@ -165,7 +165,7 @@ def test_the_class_token_predicts_the_mean_of_the_target_with_a_weight_of_its_ow
 
 @pytest.mark.parametrize(("vit", "weight"), [({}, 0.0), (NO_CLASS_TOKEN, 1.0), (NO_CLASS_TOKEN | REGISTERS, 1.0)])
 def test_without_a_class_token_or_a_weight_there_is_no_loss_of_it(tiny_vit, vit, weight):
-    method, images = make(tiny_vit, vit, class_weight=weight), batch(2)
+    method, images = make(tiny_vit, vit, class_token_weight=weight), batch(2)
     masks = masks_of(method, 2)
     out = method(images, masks=masks)
     assert "class_loss" not in out.logs
@@ -285,7 +285,7 @@ def test_masks_are_as_many_as_asked_for_and_hide_their_share(tiny_vit, grid, rat
 @pytest.mark.parametrize("vit", [{}, NO_CLASS_TOKEN])
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_every_parameter_that_is_optimised_has_a_gradient(tiny_vit, vit, weight):
-    method = make(tiny_vit, vit, class_weight=weight)
+    method = make(tiny_vit, vit, class_token_weight=weight)
     method(batch()).loss.backward()
     assert [n for n, p in method.named_parameters() if p.requires_grad and p.grad is None] == []
 
@@ -398,7 +398,7 @@ def test_the_target_does_not_collapse_and_is_predicted_better_than_by_a_constant
         ({"decoder_depth": 0}, "decoder_depth must be at least 1"),
         ({"decoder_kernel": 4}, "decoder_kernel must be 3 or 5 or 7, got 4"),
         ({"n_masks": 2.0}, "n_masks must be a whole number, got 2.0"),
-        ({"class_weight": -1.0}, "class_weight must be at least 0"),
+        ({"class_token_weight": -1.0}, "class_token_weight must be at least 0"),
         ({"tau_initial": -0.1}, "--tau-initial must be between 0 and 1"),
         ({"crop_min": 0.0}, "crop_min must be between 0 and 1, 0 excluded"),
     ],

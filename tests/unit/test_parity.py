@@ -262,7 +262,7 @@ def test_data2vec2_is_the_formula_on_the_encoder_of_transformers(tiny_vit):
     given = table("data2vec2")
     vit = tiny_vit(**OF_TABLES)
     fix_position(vit)
-    knobs = {"n_masks": 2, "decoder_dim": 32, "decoder_depth": 2, "class_weight": given["class_weight"]}
+    knobs = {"n_masks": 2, "decoder_dim": 32, "decoder_depth": 2, "class_token_weight": given["class_token_weight"]}
     method = with_formula(Data2Vec2(vit, **knobs))
     images, keep, query = (tensor(given[name]) for name in ("images", "keep", "query"))
     close(method.target(images), given["target"])
