@@ -157,7 +157,7 @@ def strong_augmentation(
     color_jitter: float = 1.0,
     gray: float = 0.2,
     blur: float = 0.5,
-    full_size: int = 224,
+    full_size: float = 224,
 ) -> v2.Compose:
     """The views of MSN and SwAV (from SimCLR): crop, flip, colour jitter, grey, blur: PIL image -> uint8 [3, H, W].
 
@@ -191,6 +191,19 @@ class RandomBlur(nn.Module):
     def forward(self, image: Image.Image) -> Image.Image:
         radius = self.smallest + float(torch.rand(())) * (self.largest - self.smallest)
         return image.filter(ImageFilter.GaussianBlur(radius))
+
+
+def multi_crop(
+    image_size: tuple[int, int], patch_size: int, n_small: int, crop_min: float, small_min: float, **look: float
+) -> Views:
+    """Two large crops and `n_small` small ones of an image: shares [crop_min, 1] and [small_min, crop_min] of its area.
+
+    `look` are the flip, color_jitter and blur of `strong_augmentation`.
+    """
+    look = look | {"full_size": min(image_size)}
+    large = strong_augmentation(image_size, (crop_min, 1.0), **look)
+    small = strong_augmentation(local_crop_size(image_size, patch_size), (min(small_min, crop_min), crop_min), **look)
+    return Views(large, large, *[small] * n_small)
 
 
 def local_crop_size(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:

@@ -92,6 +92,10 @@ class Method(nn.Module):
         self.teacher: MaskedVisionTransformer | None = None
         self._after_step_called = False
         self._at_backward: Tensor | None = None  # a copy of one parameter, before any optimizer step
+        self.build()
+
+    def build(self) -> None:
+        """Makes what the method has beside `self.student`, by `self.config`: teacher, heads, decoder."""
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], map_location: Any = "cpu") -> MaskedVisionTransformer:

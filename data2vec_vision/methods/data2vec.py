@@ -12,10 +12,9 @@ weight, so gradient accumulation changes nothing.
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
@@ -27,7 +26,7 @@ from data2vec_vision.methods.base import Method, Output
 from data2vec_vision.patches import take
 from data2vec_vision.targets import at_least_fp32, mean_of_blocks, target_health
 from data2vec_vision.transforms import Views, ViewTransform, augmentation
-from data2vec_vision.vit import DEFAULT_MODEL, has_separate_ffn
+from data2vec_vision.vit import has_separate_ffn
 
 
 @dataclass(frozen=True)
@@ -68,14 +67,7 @@ class Data2Vec(Method):
     )
     mask_token = True
 
-    def __init__(
-        self,
-        encoder: str | VisionTransformer = DEFAULT_MODEL,
-        image_size: int | tuple[int, int] | None = None,
-        pretrained: bool = False,
-        **knobs: Any,
-    ):
-        super().__init__(encoder, image_size, pretrained, **knobs)
+    def build(self) -> None:
         L = self.student.depth
         K = self.config.top_k_blocks or L
         if K > L:

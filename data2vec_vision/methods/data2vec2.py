@@ -13,7 +13,7 @@ decoder's noise is the same for all images of a step, so that slicing a step cha
 import math
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -28,7 +28,7 @@ from data2vec_vision.methods.base import Method, Output
 from data2vec_vision.patches import take
 from data2vec_vision.targets import at_least_fp32, layer_norm, mean_of_blocks, target_health
 from data2vec_vision.transforms import Views, ViewTransform, augmentation
-from data2vec_vision.vit import DEFAULT_MODEL, fix_position, has_separate_ffn
+from data2vec_vision.vit import fix_position, has_separate_ffn
 
 NOISE = 0.01  # deviation of what the decoder gets at hidden places
 
@@ -105,14 +105,7 @@ class Data2Vec2(Method):
     )
     betas = (0.9, 0.95)
 
-    def __init__(
-        self,
-        encoder: str | VisionTransformer = DEFAULT_MODEL,
-        image_size: int | tuple[int, int] | None = None,
-        pretrained: bool = False,
-        **knobs: Any,
-    ):
-        super().__init__(encoder, image_size, pretrained, **knobs)
+    def build(self) -> None:
         c, student = self.config, self.student
         L, D = student.depth, student.embed_dim
         T = c.top_k_blocks or L

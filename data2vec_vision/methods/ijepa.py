@@ -10,7 +10,6 @@ What differs from the published code: the sampler's biases are mended (`multiblo
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from timm.layers import trunc_normal_
@@ -28,7 +27,7 @@ from data2vec_vision.patches import take
 from data2vec_vision.schedules import cosine
 from data2vec_vision.targets import at_least_fp32, layer_norm, target_health
 from data2vec_vision.transforms import Views, ViewTransform, augmentation
-from data2vec_vision.vit import DEFAULT_MODEL, fix_position
+from data2vec_vision.vit import fix_position
 
 SMALLEST_GRID = 4  # patches a side; below it a target block would be a single patch
 
@@ -76,14 +75,7 @@ class IJEPA(Method):
     recipe = MappingProxyType({"max_lr_at_256": 1e-3, "warmup_pct": 0.1, "weight_decay": 0.04, "clip_grad": 0.0})
     class_token = False
 
-    def __init__(
-        self,
-        encoder: str | VisionTransformer = DEFAULT_MODEL,
-        image_size: int | tuple[int, int] | None = None,
-        pretrained: bool = False,
-        **knobs: Any,
-    ):
-        super().__init__(encoder, image_size, pretrained, **knobs)
+    def build(self) -> None:
         c, student = self.config, self.student
         if min(student.grid) < SMALLEST_GRID:
             rows, columns = student.grid

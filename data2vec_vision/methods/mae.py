@@ -11,7 +11,6 @@ between; it is the same function as the paper's un-shuffling, in another order o
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from PIL import Image
@@ -28,7 +27,7 @@ from data2vec_vision.patches import patchify, take, unpatchify
 from data2vec_vision.pictures import grid, masked
 from data2vec_vision.targets import at_least_fp32, target_health
 from data2vec_vision.transforms import UnNormalize, Views, ViewTransform, augmentation
-from data2vec_vision.vit import DEFAULT_MODEL, fix_position
+from data2vec_vision.vit import fix_position
 
 
 @dataclass(frozen=True)
@@ -63,14 +62,7 @@ class MAE(Method):
     recipe = MappingProxyType({"max_lr_at_256": 1e-3, "warmup_pct": 0.1, "weight_decay": 0.05, "clip_grad": 3.0})
     betas = (0.9, 0.95)
 
-    def __init__(
-        self,
-        encoder: str | VisionTransformer = DEFAULT_MODEL,
-        image_size: int | tuple[int, int] | None = None,
-        pretrained: bool = False,
-        **knobs: Any,
-    ):
-        super().__init__(encoder, image_size, pretrained, **knobs)
+    def build(self) -> None:
         c, student = self.config, self.student
         self.n_keep = student.n_patches - share(c.mask_ratio, student.n_patches)
         W = c.decoder_dim or min(512, 32 * max(1, round(student.embed_dim / 48)))

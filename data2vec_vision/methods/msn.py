@@ -14,10 +14,8 @@ images of one forward pass in all processes: gradient accumulation does not enla
 import math
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Generator, Tensor, nn
 
 from data2vec_vision.distributed import BatchNorm
@@ -28,8 +26,8 @@ from data2vec_vision.methods.base import Method, Output, by_resolution
 from data2vec_vision.prototypes import Prototypes, mean_entropy_gap, prototype_use, sinkhorn
 from data2vec_vision.schedules import cosine
 from data2vec_vision.targets import at_least_fp32
-from data2vec_vision.transforms import Views, ViewTransform, local_crop_count, local_crop_size, strong_augmentation
-from data2vec_vision.vit import DEFAULT_MODEL, MaskedVisionTransformer, pooled
+from data2vec_vision.transforms import ViewTransform, local_crop_count, multi_crop
+from data2vec_vision.vit import MaskedVisionTransformer, pooled
 
 
 @dataclass(frozen=True)
@@ -78,14 +76,7 @@ class MSN(Method):
     smallest_batch = 2
     batch_statistics = "batch norm, Sinkhorn and mean entropy"
 
-    def __init__(
-        self,
-        encoder: str | VisionTransformer = DEFAULT_MODEL,
-        image_size: int | tuple[int, int] | None = None,
-        pretrained: bool = False,
-        **knobs: Any,
-    ):
-        super().__init__(encoder, image_size, pretrained, **knobs)
+    def build(self) -> None:
         c, student = self.config, self.student
         self.n_keep = max(1, math.floor((1 - c.mask_ratio) * student.n_patches + 1e-9))  # 166 of 196, as published
         self.n_focal = local_crop_count(student.grid, 10) if c.n_focal is None else c.n_focal
@@ -101,13 +92,9 @@ class MSN(Method):
         )
 
     def views(self) -> ViewTransform:
-        c, size = self.config, self.student.image_size
-        look = {"flip": c.flip, "color_jitter": c.color_jitter, "blur": c.blur, "full_size": min(size)}
-        large = strong_augmentation(size, (c.crop_min, 1.0), **look)
-        small = strong_augmentation(
-            local_crop_size(size, self.student.patch_size), (min(c.focal_min, c.crop_min), c.crop_min), **look
-        )
-        return Views(large, large, *[small] * self.n_focal)
+        c, student = self.config, self.student
+        look = {"flip": c.flip, "color_jitter": c.color_jitter, "blur": c.blur}
+        return multi_crop(student.image_size, student.patch_size, self.n_focal, c.crop_min, c.focal_min, **look)
 
     def masks(self) -> MaskSampler:
         return RandomKeep(self.student.n_patches, self.n_keep)

@@ -13,10 +13,8 @@ and for Sinkhorn the queue: gradient accumulation does not enlarge what they see
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,8 +24,8 @@ from data2vec_vision.knobs import knob
 from data2vec_vision.methods.base import Method, Output, by_resolution
 from data2vec_vision.prototypes import Prototypes, prototype_use, sinkhorn
 from data2vec_vision.targets import at_least_fp32
-from data2vec_vision.transforms import Views, ViewTransform, local_crop_count, local_crop_size, strong_augmentation
-from data2vec_vision.vit import DEFAULT_MODEL, pooled
+from data2vec_vision.transforms import ViewTransform, local_crop_count, multi_crop
+from data2vec_vision.vit import pooled
 
 
 class SwAV(Method):
@@ -62,14 +60,7 @@ class SwAV(Method):
 
     queue: Tensor
 
-    def __init__(
-        self,
-        encoder: str | VisionTransformer = DEFAULT_MODEL,
-        image_size: int | tuple[int, int] | None = None,
-        pretrained: bool = False,
-        **knobs: Any,
-    ):
-        super().__init__(encoder, image_size, pretrained, **knobs)
+    def build(self) -> None:
         c, student = self.config, self.student
         self.n_local = local_crop_count(student.grid, 6) if c.n_local is None else c.n_local
         self.head = nn.Sequential(
@@ -95,13 +86,9 @@ class SwAV(Method):
         )
 
     def views(self) -> ViewTransform:
-        c, size = self.config, self.student.image_size
-        look = {"flip": c.flip, "color_jitter": c.color_jitter, "blur": c.blur, "full_size": min(size)}
-        large = strong_augmentation(size, (c.crop_min, 1.0), **look)
-        small = strong_augmentation(
-            local_crop_size(size, self.student.patch_size), (min(c.local_min, c.crop_min), c.crop_min), **look
-        )
-        return Views(large, large, *[small] * self.n_local)
+        c, student = self.config, self.student
+        look = {"flip": c.flip, "color_jitter": c.color_jitter, "blur": c.blur}
+        return multi_crop(student.image_size, student.patch_size, self.n_local, c.crop_min, c.local_min, **look)
 
     def training_step(self, views: list[Tensor], masks: dict[str, Tensor]) -> Output:
         V, B = len(views), len(views[0])
