@@ -100,7 +100,7 @@ def inverse_block_mask(
 
     Squares of `side` x `side` patches around random centres are kept, as many as fill `n_keep` and a
     share `adjust` of the grid more, since they overlap and are cut at the border; then single random
-    patches are dropped or added until exactly `n_keep` are (Baevski et al. 2023, section 3.2). On a
+    patches are dropped or added until exactly `n_keep` are (Baevski et al. 2023). On a
     small grid a single square would be most of what is kept: there the squares get smaller, until
     there are two of them at least.
     """
@@ -124,7 +124,7 @@ def inverse_block_mask(
     return flat.nonzero().squeeze(1)
 
 
-# Assran et al. 2023 (I-JEPA), section 4 and appendix A.1: shares of the grid, and height / width.
+# Assran et al. 2023 (I-JEPA) and its published configurations: shares of the grid, and height / width.
 TARGET_SCALE, TARGET_ASPECT, CONTEXT_SCALE = (0.15, 0.2), (0.75, 1.5), (0.85, 1.0)
 PLACES = 200  # tried for an image's blocks
 

@@ -22,7 +22,7 @@ class Prototypes(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_prototypes, dim).uniform_(-bound, bound))
 
     def forward(self, projections: Tensor) -> Tensor:
-        """Both sides are normalised here, so a gradient moves directions only (MSN, equation 1)."""
+        """Both sides are normalised here, so a gradient moves directions only (MSN)."""
         with torch.autocast(projections.device.type, enabled=False):
             return F.normalize(projections, dim=-1) @ F.normalize(self.weight, dim=-1).T
 
@@ -61,7 +61,7 @@ def mean_entropy_gap(log_probabilities: Tensor) -> Tensor:
     """ln K - H(p), p the mean of the probabilities over the samples of all processes: [B, K] -> scalar >= 0.
 
     Zero when the samples spread evenly over the prototypes; it is what keeps MSN from collapse
-    (Assran et al. 2022, equation 3, there maximised as H).
+    (Assran et al. 2022, section 3, where H is maximised).
     """
     p = distributed.mean_with_gradient(log_probabilities.exp().mean(dim=0))
     # The logarithm is clamped, because xlogy has no gradient where a prototype is so rare that p underflows.
@@ -69,15 +69,15 @@ def mean_entropy_gap(log_probabilities: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def prototype_use(log_probabilities: Tensor, targets: Tensor) -> dict[str, Tensor]:
+def prototype_use(targets: Tensor, gap: Tensor) -> dict[str, Tensor]:
     """Whether the prototypes are alive, for the log, over all processes.
 
     `prototypes_used` of K are somebody's first choice among the targets [B, K], `target_max` is the mean of their
-    largest probability, `entropy` in [0, 1] is that of the mean prediction [B, K] in units of ln K.
+    largest probability, `entropy` in [0, 1] is that of the mean prediction in units of ln K, by its `mean_entropy_gap`.
     """
     first = torch.zeros(targets.shape[1], device=targets.device).index_fill_(0, targets.argmax(dim=1), 1.0)
     return {
         "prototypes_used": distributed.total(first).clamp(max=1).sum(),
         "target_max": targets.amax(dim=1).mean(),
-        "entropy": 1 - mean_entropy_gap(log_probabilities) / math.log(targets.shape[1]),
+        "entropy": 1 - gap.detach() / math.log(targets.shape[1]),
     }

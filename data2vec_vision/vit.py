@@ -102,6 +102,14 @@ class MaskedVisionTransformer(nn.Module):
         """(rows, columns) of patches of the image size that the model was built for."""
         return self.vit.patch_embed.grid_size
 
+    def top_blocks(self, k: int | None) -> range:
+        """The last `k` blocks, without `k` all. Raises InputError for more than there are."""
+        if k is not None and k > self.depth:
+            raise InputError(
+                f"--k {k} is more than the {self.depth} blocks of the encoder; use --k {self.depth} or less"
+            )
+        return range(self.depth - (k or self.depth), self.depth)
+
     def start_mask_token(self, token: Tensor | None) -> None:
         """Take over a learned mask token [1, 1, D], where both sides have one."""
         if token is not None and self.mask_token is not None and token.shape == self.mask_token.shape:

@@ -45,7 +45,7 @@ DEFECTS = [
      UNIT + "data2vec.py::test_target_equals_naive_code"),
     ("no norm after the mean", "targets.py", "return layer_norm(torch.stack(", "return (torch.stack(",
      UNIT + "data2vec.py::test_target_equals_naive_code"),
-    ("the lowest blocks instead of the top ones", "methods/data2vec.py", "range(L - K, L)", "range(K)",
+    ("the lowest blocks instead of the top ones", "vit.py", "range(self.depth - (k or self.depth), self.depth)", "range(k or self.depth)",
      UNIT + "data2vec.py::test_target_equals_naive_code"),
     ("no regressor", "methods/data2vec.py", "self.regressor(take(", "(take(",
      UNIT + "data2vec.py::test_loss_equals_naive_code"),

@@ -57,17 +57,15 @@ class Method(nn.Module):
         def __post_init__(self) -> None:
             check_knobs(self)
 
-    recipe: ClassVar[Mapping[str, Any]] = MappingProxyType(
-        {}
-    )  # options of `train` that the method wants otherwise than by default
+    # Options of `train` that the method wants otherwise than by default. Two more names: max_lr_at_256, the peak rate
+    # at 256 images a step; tau_memory, how much of a run the teacher remembers, where tau follows from its length.
+    recipe: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)  # AdamW's
     pool: ClassVar[str] = "mean"  # what `embed` gives: "mean", or "cls" where the encoder has a class token
     mask_token: ClassVar[bool] = False  # whether hidden patches are replaced by a token, rather than left out
     class_token: ClassVar[bool] = True  # whether an encoder built from a name keeps its class token
     # Keywords of `forward` for views, in the order of `views()`, with how many of each there must be; None: any number.
     view_names: ClassVar[Mapping[str, int | None]] = MappingProxyType({})
-    fewest_views: ClassVar[int] = 1  # a method with one view takes exactly one
-    smallest_batch: ClassVar[int] = 1  # images in a forward pass
     batch_statistics: ClassVar[str] = ""  # what of the method is computed over a pass, not image by image
 
     def __init__(
@@ -93,6 +91,16 @@ class Method(nn.Module):
         self._after_step_called = False
         self._at_backward: Tensor | None = None  # a copy of one parameter, before any optimizer step
         self.build()
+
+    @property
+    def fewest_views(self) -> int:
+        """Views of an image that a training step needs; a method without `view_names` takes exactly one."""
+        return sum(count or 0 for count in self.view_names.values()) or 1
+
+    @property
+    def smallest_batch(self) -> int:
+        """Images that a forward pass needs: two where they are compared with each other."""
+        return 2 if self.batch_statistics else 1
 
     def build(self) -> None:
         """Makes what the method has beside `self.student`, by `self.config`: teacher, heads, decoder."""

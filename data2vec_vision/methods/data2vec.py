@@ -68,15 +68,11 @@ class Data2Vec(Method):
     mask_token = True
 
     def build(self) -> None:
-        L = self.student.depth
-        K = self.config.top_k_blocks or L
-        if K > L:
-            raise InputError(f"--k {K} is more than the {L} blocks of the encoder; use --k {L} or less")
+        self.top_blocks = self.student.top_blocks(self.config.top_k_blocks)
         if self.config.target_output == "ffn" and not has_separate_ffn(self.student.vit):
             raise InputError(
                 "the blocks of this encoder have no separate feed-forward network; use --set target_output=block"
             )
-        self.top_blocks = range(L - K, L)
         self.n_masked = share(self.config.mask_ratio, self.student.n_patches)
         self.regressor = nn.Linear(self.student.embed_dim, self.student.embed_dim)
         self.teacher = frozen_copy(self.student)

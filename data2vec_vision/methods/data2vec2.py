@@ -54,7 +54,7 @@ class InverseBlockMasks:
 class ConvDecoder(nn.Module):
     """Convolutions over the grid of patches, each with a norm, GELU and a residual: [R, S, D] -> [R, S, W].
 
-    Section 3.2. The norm is over channels and has no parameters; the first residual is left out where the
+    The norm is over channels and has no parameters; the first residual is left out where the
     widths differ. Weights as PyTorch has them.
     """
 
@@ -107,14 +107,11 @@ class Data2Vec2(Method):
 
     def build(self) -> None:
         c, student = self.config, self.student
-        L, D = student.depth, student.embed_dim
-        T = c.top_k_blocks or L
-        if T > L:
-            raise InputError(f"--k {T} is more than the {L} blocks of the encoder; use --k {L} or less")
+        self.top_blocks = student.top_blocks(c.top_k_blocks)
         if not has_separate_ffn(student.vit):
             raise InputError("the blocks of this encoder have no separate feed-forward network; use another --model")
-        self.top_blocks = range(L - T, L)
         self.n_keep = student.n_patches - share(c.mask_ratio, student.n_patches)
+        D = student.embed_dim
         W = c.decoder_dim or D
         self.decoder = ConvDecoder(student.grid, D, W, c.decoder_depth, c.decoder_kernel)
         self.regressor = nn.Linear(W, D)

@@ -72,8 +72,6 @@ class MSN(Method):
     recipe = MappingProxyType({"max_lr_at_256": 5e-4, "warmup_pct": 0.1, "weight_decay": 0.04, "clip_grad": 3.0})
     pool = "cls"
     view_names = MappingProxyType({"anchor": 1, "target": 1, "focal_views": None})
-    fewest_views = 2
-    smallest_batch = 2
     batch_statistics = "batch norm, Sinkhorn and mean entropy"
 
     def build(self) -> None:
@@ -108,8 +106,9 @@ class MSN(Method):
         log_p = (self.prototypes(projection) / self.config.temperature).log_softmax(dim=1)  # [V*B, C]
         target = self.target(target_view)
         cross_entropy = -(target.repeat(1 + len(focal), 1) * log_p).sum(dim=1).mean()
-        loss = cross_entropy + self.config.mean_entropy_weight * mean_entropy_gap(log_p)
-        logs = {"cross_entropy": cross_entropy.detach(), **prototype_use(log_p.detach(), target)}
+        gap = mean_entropy_gap(log_p)
+        loss = cross_entropy + self.config.mean_entropy_weight * gap
+        logs = {"cross_entropy": cross_entropy.detach(), **prototype_use(target, gap)}
         extras = {"log_prediction": log_p, "target": target, "projection": projection, **masks}
         return Output(loss, anchor_feature.detach(), logs, extras)
 
@@ -117,7 +116,7 @@ class MSN(Method):
     def target(self, images: Tensor) -> Tensor:
         """The sharpened, balanced assignments of unmasked images: [B, 3, H, W] -> [B, C], each row sums to one.
 
-        Sharpening p to p^(1/T) / sum is a softmax at the temperature times T (equation 2).
+        Sharpening p to p^(1/T) / sum is a softmax at the temperature times T.
         """
         projection = at_least_fp32(self.teacher_head(self.feature(self.teacher, images)))
         cosines = self.prototypes(projection)

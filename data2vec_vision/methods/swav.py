@@ -22,7 +22,7 @@ from data2vec_vision import distributed
 from data2vec_vision.distributed import BatchNorm
 from data2vec_vision.knobs import knob
 from data2vec_vision.methods.base import Method, Output, by_resolution
-from data2vec_vision.prototypes import Prototypes, prototype_use, sinkhorn
+from data2vec_vision.prototypes import Prototypes, mean_entropy_gap, prototype_use, sinkhorn
 from data2vec_vision.targets import at_least_fp32
 from data2vec_vision.transforms import ViewTransform, local_crop_count, multi_crop
 from data2vec_vision.vit import pooled
@@ -54,8 +54,6 @@ class SwAV(Method):
     recipe = MappingProxyType({"max_lr_at_256": 5e-4, "warmup_pct": 0.1, "weight_decay": 0.05, "clip_grad": 3.0})
     pool = "cls"
     view_names = MappingProxyType({"global_views": 2, "local_views": None})
-    fewest_views = 2
-    smallest_batch = 2
     batch_statistics = "batch norm and, beside the queue, Sinkhorn"
 
     queue: Tensor
@@ -102,7 +100,7 @@ class SwAV(Method):
         loss = swapped_prediction(log_p, codes)
         if self.config.queue_length:
             self._wait_for_queue(z.detach().view(V, B, -1)[:2].transpose(0, 1))
-        logs = prototype_use(log_p[:2].detach().flatten(0, 1), codes.flatten(0, 1))
+        logs = prototype_use(codes.flatten(0, 1), mean_entropy_gap(log_p[:2].detach().flatten(0, 1)))
         extras = {"scores": scores, "codes": codes, "projection": z.view(V, B, -1)}
         return Output(loss, feature[:B].detach(), logs, extras)
 

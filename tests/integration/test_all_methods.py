@@ -53,6 +53,7 @@ def test_a_run_and_what_comes_of_it(cli, images, name):
     code, out, err = run(cli, images, name, "a", "--workers", 1, "--precision", "bf16")
     assert code == 0, err
     assert f"Method   {name}: " in out and ("Batch    batch norm" in out) == (name in ("msn", "swav"))
+    assert ("weight decay from --weight-decay 0.04 to 0.4 at the end" in out) == (name in ("ijepa", "msn"))
     lines = metrics("a")
     assert len(lines) == 12 and all(np.isfinite(line["loss"]) and line["skipped"] == 0 for line in lines)
     assert HEALTH[name] <= lines[0].keys()
@@ -117,6 +118,15 @@ def test_accumulation_slices_the_same_step(cli, images, name):
     for one, two in zip(metrics("one"), metrics("two"), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_resumed_run_in_other_slices_says_whether_that_changes_it(cli, images, name):
+    with signal_after(7, signal.SIGTERM):
+        run(cli, images, name, "a")
+    code, out, err = cli("train", "--resume-checkpoint", "a/checkpoint_last.pt", "--batch-size", 2)
+    assert code == 0 and "2 passes of 2" in out, err
+    assert ("saw 4 images a pass before: this changes the run" in out) == (name in ("msn", "swav"))
 
 
 @pytest.mark.parametrize("name", ["data2vec2", "msn", "swav"])

@@ -194,13 +194,13 @@ def test_the_gradient_of_the_gap_is_finite_where_a_prototype_is_nobodys():
 
 def test_prototype_use_tells_life_from_collapse():
     K, one_hot = 6, torch.eye(6, dtype=torch.float64)
-    alive = prototype_use(one_hot.log(), one_hot)
+    alive = prototype_use(one_hot, mean_entropy_gap(one_hot.log()))
     assert (alive["prototypes_used"], alive["target_max"]) == (6, 1)
     assert alive["entropy"].item() == pytest.approx(1)
     targets = torch.tensor([[0.5, 0.3, 0.2, 0, 0, 0], [0.6, 0.4, 0, 0, 0, 0], [0.1, 0.7, 0.2, 0, 0, 0]])
-    half = prototype_use(targets.double().clamp(min=1e-9).log(), targets)
+    half = prototype_use(targets, mean_entropy_gap(targets.double().clamp(min=1e-9).log()))
     assert half["prototypes_used"] == 2 and half["target_max"].item() == pytest.approx(0.6)
     assert half["entropy"].item() == pytest.approx(1 - naive_gap(targets) / math.log(K), abs=1e-6)
-    dead = prototype_use(one_hot[:1].expand(6, -1).log(), one_hot[:1].expand(6, -1))
+    dead = prototype_use(one_hot[:1].expand(6, -1), mean_entropy_gap(one_hot[:1].expand(6, -1).log()))
     assert dead["prototypes_used"] == 1 and dead["entropy"].item() == pytest.approx(0, abs=1e-12)
     assert all(value.shape == () and not value.requires_grad for value in half.values())
