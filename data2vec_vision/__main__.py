@@ -150,6 +150,23 @@ def extract(checkpoint: str, input_path: str, output: str, debug: bool, **option
 
 
 @cli.command()
+@click.argument("run_dir")
+@click.option("--csv", metavar="FILE", help="Write the lines of metrics.jsonl to a table instead.")
+@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps, ...  [default: the run's]")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def report(run_dir: str, csv: str | None, device: str | None, debug: bool) -> None:
+    """Write RUN_DIR/report.html: a page about a run, finished or still going.
+
+    \b
+    python -m data2vec_vision report runs/photos-data2vec
+    python -m data2vec_vision report runs/photos-data2vec --csv metrics.csv
+    """
+    from data2vec_vision.report import report, write_csv
+
+    click.echo(f"Wrote {write_csv(run_dir, csv) if csv else report(run_dir, device)}")
+
+
+@cli.command()
 @click.argument("directory")
 def sample(directory: str) -> None:
     """Write 2,000 small images in ten class folders to DIRECTORY, to try things on."""

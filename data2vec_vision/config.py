@@ -79,6 +79,11 @@ class TrainConfig:
     save_every: int = _output(10, "Epochs between saved files; the last epoch is always saved.", "[1, inf)")
     checkpoint_minutes: float = _output(10.0, "Minutes between rolling checkpoints.", "(0, inf)")
     log_every: int = _output(10, "Steps between lines of metrics.jsonl.", "[1, inf)")
+    eval_path: str | None = _output(None, "Folder of class folders: log the kNN accuracy on it.", metavar="DIRECTORY")
+    eval_every: int | None = _output(None, "Epochs between such evaluations.", "[1, inf)", auto="a tenth of the run")
+    no_report: bool = _output(False, "Write no report.html at the end.")
+    no_tensorboard: bool = _output(False, "Write no TensorBoard events, even where it is installed.")
+    wandb: str | None = _output(None, "Log to this project of Weights & Biases too.", metavar="PROJECT")
     config: str | None = _output(None, "Take the settings of another run from its config.json.", metavar="FILE")
     dry_run: bool = _output(False, "Print the plan with time and memory, draw example views, train nothing.")
 
@@ -298,6 +303,7 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, dict[str, s
     for name, value in facts.recipe.items():
         if name in fields():
             fill(name, value, f"default of {Path(config.method).stem}")
+    fill("eval_every", max(1, config.epochs // 10), "a tenth of the run")
     fill("device", facts.device, "the best present")
     fast, why = ("bf16", "computes bf16 in hardware") if facts.native_bf16 else ("fp32", "has no fast bf16")
     fill("precision", fast, f"{facts.device} {why}")

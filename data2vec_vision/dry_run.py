@@ -7,22 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from torchvision.transforms.v2.functional import to_pil_image
 
 from data2vec_vision import distributed
 from data2vec_vision.checkpoint import atomic_write
 from data2vec_vision.config import TrainConfig, not_default
-from data2vec_vision.data import Stream, StreamDataset
+from data2vec_vision.data import Stream
 from data2vec_vision.device import peak_memory
 from data2vec_vision.errors import InputError
+from data2vec_vision.figures import draw_views, example_dataset
 from data2vec_vision.messages import advice_if_long, describe
-from data2vec_vision.pictures import Tile, grid, masked
 from data2vec_vision.plan import Job, prepare, restore
 from data2vec_vision.run import PROGRAM, RunFolder, duration, plural, say, size
 from data2vec_vision.train import optimizer_and_scaler, training_steps
 
-EXAMPLES = 6  # images in the picture
 STEPS = 3  # taken; the last is timed, the first ones allocate and compile
 
 
@@ -88,29 +85,3 @@ def seconds_to_compute(job: Job) -> float:
         if step.number >= min(first + STEPS, job.schedule.total_steps):
             break
     return seconds
-
-
-def example_dataset(job: Job) -> StreamDataset:
-    config = job.config
-    return StreamDataset(job.source, job.method.views(), job.method.masks(), config.seed, config.images_a_step)
-
-
-def draw_views(job: Job) -> Image.Image:
-    """A row an image: the image, its views, and for a method with masks the first view as the student sees it."""
-    dataset = example_dataset(job)
-    stream = Stream(len(job.source), job.config.seed)
-    rows: list[list[Tile]] = []
-    for position in range(min(EXAMPLES, len(job.source))):
-        index = stream.image(position)
-        image, _ = dataset.readable(index)
-        sample = dataset[position, index]
-        row: list[Tile] = [(image, job.source.name(index)[-16:], None)]
-        first = sample.views[0].shape
-        for n, view in enumerate(sample.views):
-            row.append((to_pil_image(view), f"view {n + 1}" if view.shape == first else f"small crop {n + 1}", None))
-        if sample.masks:
-            row.append(
-                (masked(sample.views[0], job.method.student.patch_size, sample.masks), "what the student sees", None)
-            )
-        rows.append(row)
-    return grid(rows, side=144)

@@ -46,6 +46,11 @@ MAY_DIFFER = {
     "save_every",
     "log_every",
     "checkpoint_minutes",
+    "eval_path",
+    "eval_every",
+    "no_report",
+    "no_tensorboard",
+    "wandb",
     *OF_THE_CALL,
 }
 

@@ -100,7 +100,7 @@ class RunFolder:
         with atomic_write(self.path / "config.json") as file:
             file.write(to_json(config).encode())
         metrics = self.path / "metrics.jsonl"
-        kept = [line for line in _complete_lines(metrics) if _step(line) <= step]
+        kept = [line for line in complete_lines(metrics) if _step(line) <= step]
         with atomic_write(metrics) as file:
             file.write("".join(line + "\n" for line in kept).encode("utf-8", "surrogateescape"))
         self._metrics = open(metrics, "a", encoding="utf-8")
@@ -130,7 +130,7 @@ def _next_name(path: Path) -> Path:
     return next(p for n in range(2, 10**6) if not (p := path.with_name(f"{path.name}-{n}")).exists())
 
 
-def _complete_lines(path: Path) -> list[str]:
+def complete_lines(path: Path) -> list[str]:
     """The lines that were written whole; a kill may have torn the last one."""
     if not path.exists():
         return []
@@ -156,7 +156,7 @@ class BadFiles:
         self.source, self.path = source, folder / "bad_files.txt"
         if not resumed and distributed.is_main():
             self.path.unlink(missing_ok=True)  # of a run that failed before its first checkpoint
-        self._listed = {line.split("\t")[0] for line in _complete_lines(self.path)} if resumed else set()
+        self._listed = {line.split("\t")[0] for line in complete_lines(self.path)} if resumed else set()
         self._met: set[int] = set()
 
     def __len__(self) -> int:

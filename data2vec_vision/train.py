@@ -22,6 +22,7 @@ from data2vec_vision.config import TrainConfig, not_default
 from data2vec_vision.data import Batch, MicroBatches, Stream, StreamDataset, make_loader
 from data2vec_vision.errors import InputError, RunFailed, Stopped, one_line
 from data2vec_vision.messages import describe, estimate, failure, farewell, go_on
+from data2vec_vision.monitor import WINDOW, health, health_sums
 from data2vec_vision.plan import Job, prepare, restore
 from data2vec_vision.run import BadFiles, Progress, RunFolder, caught_signals, say
 from data2vec_vision.seeding import generator, seed_device
@@ -41,6 +42,7 @@ class Step:
     skipped: Tensor  # 1.0 where the gradient was not finite and nothing was changed, else 0.0
     bad: dict[int, str]  # unreadable images met
     waited: float  # seconds spent waiting for data
+    health: dict[str, Tensor]  # sums, see monitor.health_sums
 
 
 def training_steps(job: Job, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> Iterator[Step]:
@@ -59,6 +61,7 @@ def training_steps(job: Job, optimizer: torch.optim.Optimizer, scaler: torch.amp
         shared = method.shared_by_step(generator(config.seed, "step", step))
         shared = {name: to_device(value, device) for name, value in shared.items()}
         logs, waited = Means(config.grad_accum), 0.0
+        sums: dict[str, Tensor] = {}
         bad: dict[int, str] = {}
         for micro in range(config.grad_accum):
             clock = time.perf_counter()
@@ -75,11 +78,13 @@ def training_steps(job: Job, optimizer: torch.optim.Optimizer, scaler: torch.amp
                 loss = output.loss * (1 + 0 * output.loss.detach())
                 scaler.scale(loss / config.grad_accum).backward()
             logs.add({"loss": output.loss.detach(), **output.logs})
+            for name, value in health_sums(output.embedding, output.extras, method.student.n_patches).items():
+                sums[name] = sums.get(name, 0) + value
         progress = schedule.progress(step + 1)
         method.before_step(progress)
         norm, skipped = clip_and_step(optimizer, scaler, method, config.clip_grad)
         method.after_step(progress)
-        yield Step(step + 1, lr, {**logs.values, "grad_norm": norm}, skipped, bad, waited)
+        yield Step(step + 1, lr, {**logs.values, "grad_norm": norm}, skipped, bad, waited, sums)
 
 
 def to_device(value: Tensor, device: torch.device) -> Tensor:
@@ -163,6 +168,7 @@ def watch(job: Job, folder: RunFolder) -> None:
             epoch = (step.number - 1) // job.steps_per_epoch
             if step.number % config.log_every == 0 or step.number == total:
                 record = {"step": step.number, "epoch": epoch, **window.read(step), "bad_files": len(bad_files)}
+                record |= window.read_health(last=step.number == total)
                 folder.log(record)
                 progress.show(record, left)
             if step.number == job.first_step + ESTIMATE_AFTER and step.number < total:
@@ -186,12 +192,16 @@ class Window:
     def __init__(self, job: Job):
         self.job = job
         self._skipped = self._in_a_row = self._used = torch.zeros((), device=job.device)
+        self._health: dict[str, Tensor] = {}
+        self._health_steps = 0
         self._clear()
         if job.restored is not None:
             self._skipped = self._skipped + job.restored["skipped"]
             window = job.restored["window"]
             self._in_a_row, self._used = self._in_a_row + window["in_a_row"], self._used + window["used"]
             self._sums.update({name: total.to(job.device) for name, total in window["sums"].items()})
+            self._health.update({name: total.to(job.device) for name, total in window.get("health", {}).items()})
+            self._health_steps = window.get("health_steps", 0)
 
     @property
     def skipped(self) -> int:
@@ -200,8 +210,11 @@ class Window:
 
     def state(self) -> dict[str, Any]:
         """What the next line of metrics.jsonl is made of, for a checkpoint between two lines; asks all processes."""
-        sums = {name: distributed.mean(total.clone()) for name, total in self._sums.items()}
-        return {"in_a_row": float(self._in_a_row), "used": float(self._used), "sums": sums}
+        sums, health = (
+            {name: distributed.mean(total.clone()) for name, total in of.items()} for of in (self._sums, self._health)
+        )
+        counts = {"in_a_row": float(self._in_a_row), "used": float(self._used), "health_steps": self._health_steps}
+        return {**counts, "sums": sums, "health": health}
 
     def _clear(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -209,13 +222,14 @@ class Window:
         self._used = torch.zeros((), device=self.job.device)
 
     def add(self, step: Step) -> None:
-        for name, value in step.logs.items():
-            kept = torch.where(step.skipped > 0, 0.0, value.float())
-            self._sums[name] = self._sums.get(name, 0) + kept
+        for of, new in ((self._sums, step.logs), (self._health, step.health)):
+            for name, value in new.items():
+                of[name] = of.get(name, 0) + torch.where(step.skipped > 0, 0.0, value.float())
         self._used = self._used + (1 - step.skipped)
         self._skipped = self._skipped + step.skipped
         self._in_a_row = (self._in_a_row + 1) * step.skipped
         self._steps += 1
+        self._health_steps += 1
         self._waited += step.waited
 
     def read(self, step: Step) -> dict[str, Any]:
@@ -240,6 +254,14 @@ class Window:
         }
         self._clear()
         return record
+
+    def read_health(self, last: bool) -> dict[str, float | None]:
+        """The figures of monitor.health, once there are WINDOW images for them or, if it is the `last` time, some."""
+        if not last and self._health_steps * self.job.config.images_a_step < WINDOW:
+            return {}
+        sums = {name: distributed.mean(total) for name, total in self._health.items()}
+        self._health, self._health_steps = {}, 0
+        return health(sums) if sums and sums["images"] > 1 else {}
 
 
 def optimizer_and_scaler(job: Job) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler]:

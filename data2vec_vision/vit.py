@@ -176,6 +176,26 @@ class MaskedVisionTransformer(nn.Module):
         x = self.vit.norm(x)
         return Encoded(x[:, N:], x[:, :N], [states[index] for index in hidden])
 
+    def attention(self, x: Tensor) -> Tensor | None:
+        """How much the last block attends to each patch: images [B, 3, H, W] -> [B, heads, S].
+
+        From the class token, or without one the mean over patches. None for blocks that are not timm's Block.
+        """
+        if not has_separate_ffn(self.vit):
+            return None
+        attn: Any = self.vit.blocks[-1].attn
+        inputs: list[Tensor] = []
+        hook = attn.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+        try:
+            self.encode(x)
+        finally:
+            hook.remove()
+        B, T, _ = inputs[0].shape
+        q, k, _ = attn.qkv(inputs[0]).view(B, T, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+        N = self.vit.num_prefix_tokens
+        weights = (attn.q_norm(q) @ attn.k_norm(k).transpose(-2, -1) * attn.scale).softmax(dim=-1)[..., N:]
+        return weights[:, :, 0] if self.vit.cls_token is not None else weights[:, :, N:].mean(dim=2)
+
     def _embed_patches(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Patch embeddings [B, S, D] and their position embeddings [1, S, D] (or zero)."""
         P = self.patch_size

@@ -1,0 +1,264 @@
+"""Is it learning? Figures that need no labels, from what a training step computes anyway, and what they mean in words.
+
+Shapes: B images, S patches, D width, T predicted tokens. Everything is a sum over images or tokens, so micro-batches
+and processes only add up.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+WINDOW = 2048  # images that a reading is taken over
+
+
+@torch.no_grad()
+def health_sums(embedding: Tensor, extras: Mapping[str, Tensor], n_patches: int) -> dict[str, Tensor]:
+    """The sums that `health` reads, of one forward pass.
+
+    embedding [B, D]: one vector an image. Where `extras` has `prediction` and `target` [..., D] at the patches `query`
+    [...], in [0, S), what a method predicts is followed too, place by place.
+    """
+    z = embedding.detach().float()
+    sums = {"images": z.new_tensor(float(len(z))), "directions": F.normalize(z, dim=1).sum(dim=0), "gram": z.T @ z}
+    query = extras.get("query")
+    if query is None or not {"prediction", "target"} <= extras.keys() or extras["target"].shape[:-1] != query.shape:
+        return sums
+    place = query.flatten()
+    target = extras["target"].detach().float().flatten(0, -2)
+    error = extras["prediction"].detach().float().flatten(0, -2) - target
+
+    def by_place(values: Tensor) -> Tensor:
+        return values.new_zeros(n_patches, *values.shape[1:]).index_add_(0, place, values)
+
+    return sums | {
+        "tokens": by_place(torch.ones_like(target[:, 0])),
+        "target": by_place(target),
+        "target_square": by_place(target.square().sum(dim=1)),
+        "error_square": by_place(error.square().sum(dim=1)),
+    }
+
+
+def health(sums: Mapping[str, Tensor]) -> dict[str, float | None]:
+    """What `health_sums`, added up over WINDOW images or so, say; None for what is not defined.
+
+    feature_std: standard deviation of the unit embeddings, in [0, 1]; 0 when all images point one way.
+    rankme: effective rank of the embeddings, in [1, D] (Garrido et al. 2023, equation 1).
+    target_variance_tokens: variance of the targets a channel, over all tokens; target_variance_images: the part of it
+    that is left between images at one place.
+    r2_constant: share of the first variance that the predictions explain, 1 when perfect and 0 for a model that
+    always says the mean; r2_position: share of the second, 0 for a model that knows the place and not the image.
+    """
+    values: dict[str, float | None] = {}
+    sums = {name: value.cpu().double() for name, value in sums.items()}
+    mean_direction = sums["directions"] / sums["images"]
+    values["feature_std"] = (1 - mean_direction.square().sum()).clamp(min=0).sqrt().item()
+    values["rankme"] = rankme(sums["gram"])
+    if "tokens" not in sums:
+        return values
+    n = sums["tokens"]
+    D, total = sums["target"].shape[1], n.sum()
+    mean = sums["target"].sum(dim=0) / total
+    tokens = (sums["target_square"].sum() / total - mean.square().sum()) / D
+    # Each place's own mean takes one degree of freedom of its tokens.
+    seen = n > 1
+    n, error = n[seen], sums["error_square"][seen].sum()
+    of_place = sums["target_square"][seen] - sums["target"][seen].square().sum(dim=1) / n
+    left = (of_place * n / (n - 1)).sum()
+    images = left / n.sum() / D
+    values["target_variance_tokens"] = tokens.clamp(min=0).item()
+    values["target_variance_images"] = images.clamp(min=0).item() if seen.any() else None
+    values["r2_constant"] = explained(sums["error_square"].sum(), tokens * total * D)
+    values["r2_position"] = explained(error, left)
+    return values
+
+
+def explained(error: Tensor, variation: Tensor) -> float | None:
+    """1 - error / variation, or None where there is no variation to speak of."""
+    return (1 - error / variation).item() if variation > 1e-9 else None
+
+
+def rankme(gram: Tensor) -> float | None:
+    """exp of the entropy of the singular values of Z [N, D], from its Gram matrix Z^T Z [D, D]."""
+    if not gram.isfinite().all():
+        return None
+    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    p = singular / singular.sum().clamp(min=1e-12) + 1e-7
+    return torch.exp(-(p * p.log()).sum()).item()
+
+
+class Verdict(NamedTuple):
+    """Whether it learns, in words. `level` is "good", "early" or "bad"."""
+
+    verdict: str  # a short name, which stays the same however the words change
+    level: str
+    headline: str
+    text: str  # what is seen and, where it is bad, the remedy
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a judge needs to know of a run."""
+
+    total_steps: int
+    warmup: float  # share of the run in which the rate rises
+    max_lr: float
+    tau: tuple[float, float] | None  # first and last, where there is a teacher
+    n_prototypes: int | None
+    knobs: tuple[str, ...] = ()  # of the method, by name
+
+
+# Judged on runs of all methods on two sets of images and on provoked collapses; see benchmarks/RESULTS.md.
+FEATURES_ALIKE = 0.03  # spread of unit features
+TARGETS_ALIKE = 0.005  # variance between images, of targets that a layer norm has given unit size
+SHRUNK = 0.2  # of the first reading: so small a rest of rank or variance is a collapse when other signs agree
+CROWDED = 0.5  # entropy of the mean prediction, of 1
+AT_LN_K = 0.99  # of ln K: a loss above has not left where it began
+NOTHING = 0.01  # R^2
+MANY_SKIPPED = 0.1  # share of the steps
+
+
+class Judge:
+    """Reads the lines of metrics.jsonl one after another and says so when what they mean has changed.
+
+    It has no state but these lines: a resumed run reads the old ones first. A problem counts when two readings in a row
+    show it, or the last.
+    """
+
+    def __init__(self, facts: Facts):
+        self.facts = facts
+        self.readings = 0
+        self.first: Mapping[str, Any] = {}
+        self.knn: list[float] = []
+        self.now = Verdict("early", "early", "Too early to tell", "No figures yet.")
+        self._suspect = ""
+
+    def add(self, line: Mapping[str, Any]) -> Verdict | None:
+        """The verdict after this line if it is another than before, else None."""
+        if line.get("knn") is not None:
+            self.knn.append(line["knn"])
+        if "feature_std" not in line:
+            return None
+        self.readings += 1
+        self.first = self.first or line
+        verdict = self._problem(line) or self._fine(line)
+        sure = verdict.level != "bad" or verdict.verdict == self._suspect or line["step"] == self.facts.total_steps
+        self._suspect = verdict.verdict
+        if not sure:
+            return None
+        before, self.now = self.now, verdict
+        return verdict if verdict.verdict != before.verdict or self.readings == 1 else None
+
+    def _settled(self, step: int) -> bool:
+        """Whether a run has gone on for long enough that something should have been learned."""
+        progress = step / self.facts.total_steps
+        return progress >= 0.5 or (progress >= self.facts.warmup + 0.1 and step >= 5000)
+
+    def _problem(self, line: Mapping[str, Any]) -> Verdict | None:
+        for look in (self._numbers, self._prototypes, self._targets, self._features, self._predictions, self._labels):
+            if found := look(line):
+                return Verdict(found[0], "bad", found[1], found[2])
+        return None
+
+    def _calmer(self) -> str:
+        """The remedy for what moves too fast."""
+        f = self.facts
+        tau = f", or raise --tau-initial and --tau-end (now {f.tau[0]:g} and {f.tau[1]:g})" if f.tau else ""
+        return f"Lower --max-lr (now {f.max_lr:g}){tau}."
+
+    def _numbers(self, line: Mapping[str, Any]) -> tuple[str, str, str] | None:
+        skipped = line.get("skipped") or 0
+        if skipped <= MANY_SKIPPED * line["step"]:
+            return None
+        seen = f"{skipped:,} of {line['step']:,} steps had no finite gradient and changed nothing."
+        return "numbers", "The numbers overflow", f"{seen} Lower --max-lr (now {self.facts.max_lr:g}) or use --precision fp32."
+
+    def _prototypes(self, line: Mapping[str, Any]) -> tuple[str, str, str] | None:
+        K, entropy = self.facts.n_prototypes, line.get("entropy")
+        if K is None or entropy is None:
+            return None
+        fewer = f"fewer prototypes (--set n_prototypes={max(2, K // 4)})"
+        if entropy < CROWDED:
+            weight = ", a larger --set mean_entropy_weight" if "mean_entropy_weight" in self.facts.knobs else ""
+            seen = f"Their mean assignment has an entropy of {entropy:.2f}, where 1 is an even use of all {K:,}."
+            return "crowded", "Nearly all images fall on a few prototypes", f"{seen} {self._calmer()} Or try {fewer}{weight}."
+        loss, ln_k = line.get("cross_entropy", line.get("loss")), math.log(K)
+        if self._settled(line["step"]) and loss is not None and loss > AT_LN_K * ln_k:
+            sharper = ", sharper assignments (a smaller --set epsilon)" if "epsilon" in self.facts.knobs else ""
+            seen = f"The loss sits at ln({K}) = {ln_k:.2f}, what it is when every prototype is as likely as any other."
+            return "unused", "The prototypes are unused", f"{seen} Try {fewer}{sharper}, a larger --batch-size, or a lower --max-lr."
+        return None
+
+    def _targets(self, line: Mapping[str, Any]) -> tuple[str, str, str] | None:
+        """Only a teacher's targets can collapse; pixels are what they are."""
+        images, first = line.get("target_variance_images"), self.first.get("target_variance_images")
+        if images is None or first is None:
+            return None
+        fell = f"Their variance between images is {images:.2g}, {first:.2g} at first."
+        if self.facts.tau is None:
+            alike = "The targets hardly differ between images", "Look at the views: are they all of one colour?"
+            return ("plain", alike[0], f"{fell} {alike[1]}") if images < TARGETS_ALIKE else None
+        r2 = line.get("r2_position")
+        if images < TARGETS_ALIKE or (images < SHRUNK * first and (r2 is None or r2 < NOTHING) and self._late(line)):
+            return (
+                "targets",
+                "The targets no longer differ between images: the encoder is collapsing",
+                f"{fell} {self._calmer()}",
+            )
+        return None
+
+    def _late(self, line: Mapping[str, Any]) -> bool:
+        return line["step"] >= (self.facts.warmup + 0.1) * self.facts.total_steps
+
+    def _features(self, line: Mapping[str, Any]) -> tuple[str, str, str] | None:
+        spread, rank, first = line["feature_std"], line.get("rankme"), self.first.get("rankme")
+        if spread < FEATURES_ALIKE and spread < self.first["feature_std"] / 2:
+            seen = f"Their spread is {spread:.3f}, {self.first['feature_std']:.2f} at first."
+            return "features", "All images get nearly the same features", f"{seen} {self._calmer()}"
+        if rank is not None and first is not None and rank < 3 and rank < SHRUNK * first:
+            seen = f"RankMe is {rank:.1f}, {first:.1f} at first."
+            return "rank", "The features have shrunk to a few directions", f"{seen} {self._calmer()}"
+        return None
+
+    def _predictions(self, line: Mapping[str, Any]) -> tuple[str, str, str] | None:
+        constant, position = line.get("r2_constant"), line.get("r2_position")
+        if constant is None or position is None or not self._settled(line["step"]):
+            return None
+        lr = self.facts.max_lr
+        if constant < NOTHING:
+            seen = f"They explain {max(0.0, constant):.1%} of what the targets vary by."
+            return "constant", "The predictions are no better than the mean", f"{seen} Try --max-lr {lr / 10:g} or {lr * 10:g}."
+        if position < NOTHING:
+            seen = f"They explain {constant:.0%} of what the targets vary by, and none of it beyond what the place tells."
+            return "place", "The predictions know the place and not the image", f"{seen} Train for longer, or try another --max-lr (now {lr:g})."
+        return None
+
+    def _labels(self, line: Mapping[str, Any]) -> tuple[str, str, str] | None:
+        if len(self.knn) < 2 or self.knn[-1] >= self.knn[0] - 2 or not self._settled(line["step"]):
+            return None
+        seen = f"kNN accuracy on your labels is {self.knn[-1]:.1f} %, and was {self.knn[0]:.1f} % before training."
+        return "labels", "The features have become worse than untrained ones", f"{seen} {self._calmer()} Or train for longer."
+
+    def _fine(self, line: Mapping[str, Any]) -> Verdict:
+        if self.readings < 3 or not self._late(line):
+            return Verdict("early", "early", "Too early to tell", "No sign of a collapse so far. " + self._figures(line))
+        return Verdict("learning", "good", "It is learning", self._figures(line))
+
+    def _figures(self, line: Mapping[str, Any]) -> str:
+        parts = []
+        if line.get("r2_constant") is not None and line.get("r2_position") is not None:
+            parts.append(
+                f"Predictions explain {line['r2_constant']:.0%} of what the targets vary by, "
+                f"and {line['r2_position']:.0%} of what the place does not tell."
+            )
+        if line.get("entropy") is not None and line.get("prototypes_used") is not None:
+            parts.append(f"The prototypes are used evenly (entropy {line['entropy']:.2f} of 1).")
+        rank = f", in about {line['rankme']:.0f} directions (RankMe)" if line.get("rankme") else ""
+        parts.append(f"Features differ between images (spread {line['feature_std']:.2f} of 1){rank}.")
+        if len(self.knn) > 1:
+            parts.append(f"kNN on your labels: {self.knn[-1]:.1f} %, untrained {self.knn[0]:.1f} %.")
+        return " ".join(parts)
