@@ -133,7 +133,8 @@ class Judge:
         self.facts = facts
         self.readings = 0
         self.first: Mapping[str, Any] = {}
-        self.knn: list[float] = []
+        self.knn: list[float] = []  # accuracies in per cent, the first before training
+        self.knn_images = 1
         self.now = Verdict("early", "early", "Too early to tell", "No figures yet.")
         self._suspect = ""
 
@@ -141,6 +142,7 @@ class Judge:
         """The verdict after this line if it is another than before, else None."""
         if line.get("knn") is not None:
             self.knn.append(line["knn"])
+            self.knn_images = line.get("knn_images", 1)
         if "feature_std" not in line:
             return None
         self.readings += 1
@@ -238,7 +240,10 @@ class Judge:
         return None
 
     def _labels(self, line: Mapping[str, Any]) -> tuple[str, str, str] | None:
-        if len(self.knn) < 2 or self.knn[-1] >= self.knn[0] - 2 or not self._settled(line["step"]):
+        if len(self.knn) < 2 or not self._settled(line["step"]):
+            return None
+        error = 100 * (0.5 / self.knn_images) ** 0.5  # of a difference of two accuracies, at most
+        if self.knn[-1] >= self.knn[0] - 2 * error:
             return None
         seen = f"kNN accuracy on your labels is {self.knn[-1]:.1f} %, and was {self.knn[0]:.1f} % before training."
         return "labels", "The features have become worse than untrained ones", f"{seen} {self._calmer()} Or train for longer."

@@ -81,6 +81,12 @@ class Job:
         return versions() | {"device": self.device.type, "compile": str(self.config.compile)}
 
     @property
+    def evaluated_epochs(self) -> list[int]:
+        """The epochs after which the kNN of --eval-path is run."""
+        every = self.config.eval_every or max(1, self.config.epochs // 10)
+        return [e for e in range(self.config.epochs) if (e + 1) % every == 0 or e + 1 == self.config.epochs]
+
+    @property
     def saved_epochs(self) -> list[int]:
         """The epochs after which files are written: every `save_every`th and the last."""
         config = self.config

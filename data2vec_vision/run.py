@@ -49,6 +49,7 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
+        self.lines: list[dict[str, Any]] = []  # of metrics.jsonl, as an earlier process left them
         self._lock: TextIO | None = None
         self._metrics: TextIO | None = None
 
@@ -103,6 +104,7 @@ class RunFolder:
         kept = [line for line in complete_lines(metrics) if _step(line) <= step]
         with atomic_write(metrics) as file:
             file.write("".join(line + "\n" for line in kept).encode("utf-8", "surrogateescape"))
+        self.lines = [json.loads(line) for line in kept]
         self._metrics = open(metrics, "a", encoding="utf-8")
 
     def log(self, record: dict[str, Any]) -> None:
