@@ -18,9 +18,9 @@ from torch import Tensor
 from data2vec_vision import demo
 from data2vec_vision.checkpoint import load
 from data2vec_vision.config import TrainConfig
-from data2vec_vision.evaluate import accuracy, knn_classify
 from data2vec_vision.extract import feature_function
 from data2vec_vision.plan import prepare
+from data2vec_vision.probes import accuracy, knn_classify
 from data2vec_vision.samples import write_samples
 from data2vec_vision.samples.make import CLASSES, read_idx
 from data2vec_vision.train import train

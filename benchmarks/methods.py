@@ -19,9 +19,9 @@ from data2vec_vision import methods
 from data2vec_vision.checkpoint import load_encoder
 from data2vec_vision.config import TrainConfig
 from data2vec_vision.device import set_fused_attention
-from data2vec_vision.evaluate import accuracy, knn_classify
 from data2vec_vision.extract import image_loader
 from data2vec_vision.plan import build_encoder, prepare
+from data2vec_vision.probes import accuracy, knn_classify
 from data2vec_vision.seeding import seeded
 from data2vec_vision.sources import ImageFolder, open_source
 from data2vec_vision.train import optimizer_and_scaler, train, training_steps

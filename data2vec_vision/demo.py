@@ -13,10 +13,10 @@ from torch import Tensor
 from data2vec_vision.checkpoint import atomic_write
 from data2vec_vision.config import TrainConfig
 from data2vec_vision.errors import InputError
-from data2vec_vision.evaluate import accuracy, knn_classify
 from data2vec_vision.extract import extract, feature_function, image_loader
 from data2vec_vision.pictures import Tile, grid
 from data2vec_vision.plan import prepare
+from data2vec_vision.probes import accuracy, knn_classify
 from data2vec_vision.run import PROGRAM, duration, say
 from data2vec_vision.samples import write_samples
 from data2vec_vision.sources import open_source
