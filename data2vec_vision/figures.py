@@ -14,6 +14,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from data2vec_vision.data import Stream, StreamDataset
 from data2vec_vision.pictures import BACKGROUND, Tile, grid, masked
 from data2vec_vision.plan import Job
+from data2vec_vision.sources import ImageFolder, read_image
 from data2vec_vision.vit import MaskedVisionTransformer
 
 EXAMPLES = 6  # images in a picture
@@ -45,6 +46,16 @@ def draw_views(job: Job) -> Image.Image:
             )
         rows.append(row)
     return grid(rows, side=144)
+
+
+def examples(source: ImageFolder) -> list[Image.Image]:
+    """Some readable images, always the same ones."""
+    N, found = len(source), []
+    for index in torch.linspace(0, N - 1, min(4 * EXAMPLES, N)).long().tolist():
+        image = read_image(source, index)
+        if isinstance(image, Image.Image):
+            found.append(image)
+    return found[:: max(1, len(found) // EXAMPLES)][:EXAMPLES]
 
 
 Encoders = Sequence[tuple[str, MaskedVisionTransformer]]  # with what to call each
@@ -154,10 +165,7 @@ def draw_embedding_map(places: Tensor, image: Callable[[int], Image.Image]) -> I
 
 def embedding_places(features: Tensor, seed: int = 0) -> dict[str, Tensor]:
     """Features [N, D] -> places [N, 2] by PCA, and by UMAP or else t-SNE where one is installed and N suffices."""
-    unit = torch.nn.functional.normalize(features.double(), dim=1)
-    centred = unit - unit.mean(dim=0)
-    _, _, directions = torch.linalg.svd(centred, full_matrices=False)
-    places = {"PCA": centred @ directions[:2].T}
+    unit, places = torch.nn.functional.normalize(features.double(), dim=1), {"PCA": principal_places(features)}
     if len(features) < 50:
         return places
     if importlib.util.find_spec("umap"):
@@ -171,3 +179,11 @@ def embedding_places(features: Tensor, seed: int = 0) -> dict[str, Tensor]:
         fitted = TSNE(random_state=seed, init="pca").fit_transform(unit.float().numpy())
         return places | {"t-SNE": torch.from_numpy(fitted).double()}
     return places
+
+
+def principal_places(features: Tensor) -> Tensor:
+    """Unit features [N, D] along their first two principal components: [N, 2]."""
+    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    centred = unit - unit.mean(dim=0)
+    _, _, directions = torch.linalg.svd(centred, full_matrices=False)
+    return centred @ directions[:2].T

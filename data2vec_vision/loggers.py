@@ -1,6 +1,7 @@
 """Where a run's figures go beside metrics.jsonl: TensorBoard where it is installed, Weights & Biases on request."""
 
 import json
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,6 @@ GROUPS = {  # the first figures that somebody looks for, first
 }
 
 
-def check_loggers(config: TrainConfig) -> None:
-    """Raises InputError when Weights & Biases was asked for and is not installed."""
-    if config.wandb:
-        try:
-            import wandb  # noqa: F401
-        except ImportError as error:
-            raise InputError("--wandb needs wandb: pip install 'data2vec_vision[wandb]'") from error
-
-
 class Loggers:
     """Both, or as many as there are; in the first process only."""
 
@@ -39,6 +31,11 @@ class Loggers:
             self._tensorboard = tensorboard_writer(folder, first_step)
         if config.wandb:
             self._wandb = wandb_run(config, folder, first_step)
+
+    @property
+    def pictures(self) -> bool:
+        """Whether anybody looks at pictures."""
+        return self._tensorboard is not None or self._wandb is not None
 
     def log(self, record: Mapping[str, Any]) -> None:
         """The numbers of a line of metrics.jsonl."""
@@ -86,10 +83,12 @@ def tensorboard_writer(folder: Path, first_step: int) -> Any:
 
 def wandb_run(config: TrainConfig, folder: Path, first_step: int) -> Any:
     """A run of Weights & Biases under the folder's name, which a resumed run continues."""
-    import wandb
-
+    try:
+        import wandb
+    except ImportError as error:
+        raise InputError("--wandb needs wandb: pip install 'data2vec_vision[wandb]'") from error
     known = folder / "wandb_id.txt"
-    identity = known.read_text().strip() if first_step and known.exists() else wandb.util.generate_id()
+    identity = known.read_text().strip() if first_step and known.exists() else uuid.uuid4().hex
     try:
         run = wandb.init(
             project=config.wandb,

@@ -117,7 +117,7 @@ FEATURES_ALIKE = 0.03  # spread of unit features
 TARGETS_ALIKE = 0.005  # variance between images, of targets that a layer norm has given unit size
 SHRUNK = 0.2  # of the first reading: so small a rest of rank or variance is a collapse when other signs agree
 CROWDED = 0.5  # entropy of the mean prediction, of 1
-AT_LN_K = 0.99  # of ln K: a loss above has not left where it began
+AT_LN_K = 0.985  # of ln K: a loss above has not left where it began
 NOTHING = 0.01  # R^2
 MANY_SKIPPED = 0.1  # share of the steps
 
@@ -177,7 +177,11 @@ class Judge:
         if skipped <= MANY_SKIPPED * line["step"]:
             return None
         seen = f"{skipped:,} of {line['step']:,} steps had no finite gradient and changed nothing."
-        return "numbers", "The numbers overflow", f"{seen} Lower --max-lr (now {self.facts.max_lr:g}) or use --precision fp32."
+        return (
+            "numbers",
+            "The numbers overflow",
+            f"{seen} Lower --max-lr (now {self.facts.max_lr:g}) or use --precision fp32.",
+        )
 
     def _prototypes(self, line: Mapping[str, Any]) -> tuple[str, str, str] | None:
         K, entropy = self.facts.n_prototypes, line.get("entropy")
@@ -187,12 +191,20 @@ class Judge:
         if entropy < CROWDED:
             weight = ", a larger --set mean_entropy_weight" if "mean_entropy_weight" in self.facts.knobs else ""
             seen = f"Their mean assignment has an entropy of {entropy:.2f}, where 1 is an even use of all {K:,}."
-            return "crowded", "Nearly all images fall on a few prototypes", f"{seen} {self._calmer()} Or try {fewer}{weight}."
+            return (
+                "crowded",
+                "Nearly all images fall on a few prototypes",
+                f"{seen} {self._calmer()} Or try {fewer}{weight}.",
+            )
         loss, ln_k = line.get("cross_entropy", line.get("loss")), math.log(K)
         if self._settled(line["step"]) and loss is not None and loss > AT_LN_K * ln_k:
             sharper = ", sharper assignments (a smaller --set epsilon)" if "epsilon" in self.facts.knobs else ""
             seen = f"The loss sits at ln({K}) = {ln_k:.2f}, what it is when every prototype is as likely as any other."
-            return "unused", "The prototypes are unused", f"{seen} Try {fewer}{sharper}, a larger --batch-size, or a lower --max-lr."
+            return (
+                "unused",
+                "The prototypes are unused",
+                f"{seen} Try {fewer}{sharper}, a larger --batch-size, or a lower --max-lr.",
+            )
         return None
 
     def _targets(self, line: Mapping[str, Any]) -> tuple[str, str, str] | None:
@@ -232,36 +244,60 @@ class Judge:
             return None
         lr = self.facts.max_lr
         if constant < NOTHING:
-            seen = f"They explain {max(0.0, constant):.1%} of what the targets vary by."
-            return "constant", "The predictions are no better than the mean", f"{seen} Try --max-lr {lr / 10:g} or {lr * 10:g}."
+            seen = f"They explain {100 * max(0.0, constant):.1f} % of what the targets vary by."
+            return (
+                "constant",
+                "The predictions are no better than the mean",
+                f"{seen} Try --max-lr {lr / 10:g} or {lr * 10:g}.",
+            )
         if position < NOTHING:
-            seen = f"They explain {constant:.0%} of what the targets vary by, and none of it beyond what the place tells."
-            return "place", "The predictions know the place and not the image", f"{seen} Train for longer, or try another --max-lr (now {lr:g})."
+            seen = f"They explain {100 * constant:.0f} % of what the targets vary by, and none of it beyond what the place tells."
+            return (
+                "place",
+                "The predictions know the place and not the image",
+                f"{seen} Train for longer, or try another --max-lr (now {lr:g}).",
+            )
         return None
 
     def _labels(self, line: Mapping[str, Any]) -> tuple[str, str, str] | None:
-        if len(self.knn) < 2 or not self._settled(line["step"]):
-            return None
-        error = 100 * (0.5 / self.knn_images) ** 0.5  # of a difference of two accuracies, at most
-        if self.knn[-1] >= self.knn[0] - 2 * error:
+        if len(self.knn) < 2 or not self._settled(line["step"]) or self.knn[-1] >= self.knn[0] - self._noise():
             return None
         seen = f"kNN accuracy on your labels is {self.knn[-1]:.1f} %, and was {self.knn[0]:.1f} % before training."
-        return "labels", "The features have become worse than untrained ones", f"{seen} {self._calmer()} Or train for longer."
+        return (
+            "labels",
+            "The features have become worse than untrained ones",
+            f"{seen} {self._calmer()} Or train for longer.",
+        )
+
+    def _noise(self) -> float:
+        """Two standard errors, at most, of the difference of two kNN accuracies, in points."""
+        return 200 * (0.5 / self.knn_images) ** 0.5
 
     def _fine(self, line: Mapping[str, Any]) -> Verdict:
-        if self.readings < 3 or not self._late(line):
-            return Verdict("early", "early", "Too early to tell", "No sign of a collapse so far. " + self._figures(line))
-        return Verdict("learning", "good", "It is learning", self._figures(line))
+        """What there is to say where nothing is wrong."""
+        figures = self._figures(line)
+        position, loss = line.get("r2_position"), line.get("cross_entropy", line.get("loss"))
+        K = self.facts.n_prototypes
+        nothing_yet = (position is not None and position < NOTHING) or (
+            K is not None and loss is not None and loss > AT_LN_K * math.log(K)
+        )
+        if self.readings < 3 or not self._late(line) or nothing_yet:
+            return Verdict("early", "early", "Too early to tell", f"No sign of a collapse so far. {figures}")
+        if len(self.knn) > 1 and self.knn[-1] < self.knn[0] + self._noise():
+            headline = "No collapse, but on your labels no gain over an untrained encoder yet"
+            return Verdict("unproven", "early", headline, figures)
+        return Verdict("learning", "good", "It is learning", figures)
 
     def _figures(self, line: Mapping[str, Any]) -> str:
         parts = []
         if line.get("r2_constant") is not None and line.get("r2_position") is not None:
+            constant, position = (100 * max(0.0, line[name]) for name in ("r2_constant", "r2_position"))
             parts.append(
-                f"Predictions explain {line['r2_constant']:.0%} of what the targets vary by, "
-                f"and {line['r2_position']:.0%} of what the place does not tell."
+                f"Predictions explain {constant:.0f} % of what the targets vary by, "
+                f"and {position:.0f} % of what the place does not tell."
             )
-        if line.get("entropy") is not None and line.get("prototypes_used") is not None:
-            parts.append(f"The prototypes are used evenly (entropy {line['entropy']:.2f} of 1).")
+        if line.get("entropy") is not None:
+            parts.append(f"The mean assignment to prototypes has an entropy of {line['entropy']:.2f} (1: even use).")
         rank = f", in about {line['rankme']:.0f} directions (RankMe)" if line.get("rankme") else ""
         parts.append(f"Features differ between images (spread {line['feature_std']:.2f} of 1){rank}.")
         if len(self.knn) > 1:

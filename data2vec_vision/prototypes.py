@@ -73,8 +73,8 @@ def prototype_use(targets: Tensor, gap: Tensor) -> dict[str, Tensor]:
     """Whether the prototypes are alive, for the log, over all processes.
 
     `prototypes_used` of K are somebody's first choice among the targets [B, K], `target_max` is the mean of their
-    largest probability; in units of ln K, in [0, 1], `target_entropy` is the mean of their entropies, and `entropy` that
-    of the mean prediction, by its `mean_entropy_gap`.
+    largest probability. In units of ln K, in [0, 1], `target_entropy` is the mean of their entropies, and `entropy`
+    that of the mean prediction, by its `mean_entropy_gap`.
     """
     first = torch.zeros(targets.shape[1], device=targets.device).index_fill_(0, targets.argmax(dim=1), 1.0)
     return {

@@ -26,7 +26,6 @@ from data2vec_vision.device import find_device, versions
 from data2vec_vision.errors import InputError
 from data2vec_vision.extract import feature_function
 from data2vec_vision.figures import (
-    EXAMPLES,
     Encoders,
     draw_attention,
     draw_embedding_map,
@@ -34,6 +33,8 @@ from data2vec_vision.figures import (
     draw_patch_features,
     draw_views,
     embedding_places,
+    examples,
+    principal_places,
 )
 from data2vec_vision.plan import Job, prepare
 from data2vec_vision.run import command, complete_lines
@@ -65,16 +66,17 @@ CURVES = {  # name in metrics.jsonl: title, what it tells
 }
 
 
-def report(run: str, device: str | None = None) -> Path:
+def report(run: str, device: str | None = None, maps: bool = True) -> Path:
     """Write report.html to the folder of a run, running, stopped or finished, and return its path.
 
-    The pictures are made anew from the student files and the images; where these are gone the page says so.
+    The pictures are made anew from the student files and the images; where these are gone the page says so. With `maps`
+    there is a map by UMAP or t-SNE beside that by PCA, where one is installed; it takes a while.
     Raises InputError for a folder without a run.
     """
     folder = Path(run)
     config, lines = read_run(folder)
     page = Environment(loader=PackageLoader("data2vec_vision", "."), autoescape=True).get_template(NAME)
-    pictures, notes = draw_pictures(folder, config, lines, device)
+    pictures, notes = draw_pictures(folder, config, lines, device, maps)
     html = page.render(**contents(folder, config, lines), pictures=pictures, notes=notes)
     try:
         with atomic_write(folder / NAME) as file:
@@ -230,7 +232,7 @@ def reproduce(config: TrainConfig, folder: Path) -> str:
 
 
 def draw_pictures(
-    folder: Path, config: TrainConfig, lines: Sequence[Mapping[str, Any]], device: str | None
+    folder: Path, config: TrainConfig, lines: Sequence[Mapping[str, Any]], device: str | None, maps: bool
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The pictures of the page, and a sentence for each that cannot be made."""
     # Without --init and --pretrained: their files may be gone, and only the views and the masks are needed.
@@ -250,14 +252,14 @@ def draw_pictures(
     trained = encoders[-1][1].to(where)
     if not (config.init or config.pretrained):
         encoders.insert(0, ("untrained", job.method.student.eval().cpu()))
-    images = examples(job)
+    images = examples(job.source)
     for _, encoder in encoders:
         encoder.to(where)
     pictures += reconstruction(folder, job, images)
-    pictures += maps(encoders, images)
+    pictures += patch_maps(encoders, images)
     rate = next((line["images_per_second"] for line in reversed(lines) if line.get("images_per_second")), 0.0)
     count = int(min(MOST_IMAGES, max(FEWEST_IMAGES, SECONDS * rate)))
-    return [*pictures, *neighbourhoods(job, trained, where, count)], []
+    return [*pictures, *neighbourhoods(job, trained, where, count, maps)], []
 
 
 VIEWS = "A row an image: the image, its views, and what of the first view the student gets. Every epoch draws others."
@@ -278,16 +280,6 @@ def device_is_here(name: str | None) -> bool:
     return True
 
 
-def examples(job: Job) -> list[Image.Image]:
-    """Some readable images, always the same ones."""
-    N, found = len(job.source), []
-    for index in torch.linspace(0, N - 1, min(4 * EXAMPLES, N)).long().tolist():
-        image = read_image(job.source, index)
-        if isinstance(image, Image.Image):
-            found.append(image)
-    return found[:: max(1, len(found) // EXAMPLES)][:EXAMPLES]
-
-
 def encoder_files(folder: Path) -> list[tuple[str, Path]]:
     """Some of the saved students with their epochs, the last one included; else the rolling checkpoint."""
     numbered = ((re.fullmatch(r"student_(\d+)", path.stem), path) for path in folder.glob("student_*.pt"))
@@ -300,7 +292,7 @@ def encoder_files(folder: Path) -> list[tuple[str, Path]]:
     return [(str(epochs[i]), found[epochs[i]]) for i in chosen]
 
 
-def maps(encoders: Encoders, images: Sequence[Image.Image]) -> Iterator[dict[str, Any]]:
+def patch_maps(encoders: Encoders, images: Sequence[Image.Image]) -> Iterator[dict[str, Any]]:
     if images:
         yield picture("What the patch features tell apart", MAPS, draw_patch_features(encoders, images))
         if attention := draw_attention(encoders, images):
@@ -320,7 +312,7 @@ def reconstruction(folder: Path, job: Job, images: Sequence[Image.Image]) -> Ite
     )
 
 
-def neighbourhoods(job: Job, encoder: Any, where: torch.device, count: int) -> Iterator[dict[str, Any]]:
+def neighbourhoods(job: Job, encoder: Any, where: torch.device, count: int, maps: bool) -> Iterator[dict[str, Any]]:
     """Nearest neighbours and maps of `count` images."""
     N = len(job.source)
     indices = torch.linspace(0, N - 1, min(count, N)).long().unique().tolist()
@@ -340,7 +332,7 @@ def neighbourhoods(job: Job, encoder: Any, where: torch.device, count: int) -> I
     if len(bank) < 3 or not bank.isfinite().all():
         return
     yield picture("What it finds alike", NEIGHBOURS, draw_neighbours(bank, thumbnails.__getitem__, names))
-    for name, places in embedding_places(bank).items():
+    for name, places in (embedding_places(bank) if maps else {"PCA": principal_places(bank)}).items():
         drawn = draw_embedding_map(places, thumbnails.__getitem__)
         yield picture(f"A map of the images ({name})", PLACES.format(count=len(bank)), drawn)
 

@@ -23,6 +23,7 @@ from data2vec_vision.data import Batch, MicroBatches, Stream, StreamDataset, mak
 from data2vec_vision.errors import InputError, RunFailed, Stopped, one_line
 from data2vec_vision.messages import describe, estimate, failure, farewell, go_on
 from data2vec_vision.monitor import WINDOW, health, health_sums
+from data2vec_vision.online import Onlooker
 from data2vec_vision.plan import Job, prepare, restore
 from data2vec_vision.run import BadFiles, Progress, RunFolder, caught_signals, say
 from data2vec_vision.seeding import generator, seed_device
@@ -140,8 +141,9 @@ def train(config: TrainConfig, given: Mapping[str, Any] | None = None) -> Path:
     say(describe(job))
     folder.open(job.config, job.first_step)
     try:
-        distributed.start(job.device)
-        watch(job, folder)
+        with contextlib.closing(Onlooker(job, folder)) as onlooker:
+            distributed.start(job.device)
+            watch(job, folder, onlooker)
     except (InputError, RunFailed, Stopped, KeyboardInterrupt):
         raise
     except Exception as error:
@@ -153,11 +155,12 @@ def train(config: TrainConfig, given: Mapping[str, Any] | None = None) -> Path:
     return folder.path
 
 
-def watch(job: Job, folder: RunFolder) -> None:
+def watch(job: Job, folder: RunFolder, onlooker: Onlooker) -> None:
     """Take all steps; log, show, save and stop in between."""
     config, total = job.config, job.schedule.total_steps
     optimizer, scaler = optimizer_and_scaler(job)
     window, progress = Window(job), Progress(job.first_step, total)
+    onlooker.start()
     bad_files = BadFiles(job.source, folder.path, resumed=job.restored is not None)
     saved = time.monotonic()
     with caught_signals() as signals, contextlib.closing(progress):
@@ -166,10 +169,13 @@ def watch(job: Job, folder: RunFolder) -> None:
             window.add(step)
             bad_files.add(distributed.union(step.bad))
             epoch = (step.number - 1) // job.steps_per_epoch
+            if step.number % job.steps_per_epoch == 0:
+                with window.paused():
+                    onlooker.epoch_done(step.number, epoch)
             if step.number % config.log_every == 0 or step.number == total:
                 record = {"step": step.number, "epoch": epoch, **window.read(step), "bad_files": len(bad_files)}
                 record |= window.read_health(last=step.number == total)
-                folder.log(record)
+                onlooker.log(record)
                 progress.show(record, left)
             if step.number == job.first_step + ESTIMATE_AFTER and step.number < total:
                 say(estimate(job, left))
@@ -184,6 +190,7 @@ def watch(job: Job, folder: RunFolder) -> None:
                     signals[0] if signals else signal.SIGTERM, f"Stopped after step {step.number:,}{go_on(job)}"
                 )
     say(farewell(job, bad_files))
+    say(onlooker.finish())
 
 
 class Window:
@@ -231,6 +238,13 @@ class Window:
         self._steps += 1
         self._health_steps += 1
         self._waited += step.waited
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside does not count as training time."""
+        start = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - start
 
     def read(self, step: Step) -> dict[str, Any]:
         """Means since the last call. Raises RunFailed when no step has been possible for a long time."""

@@ -47,7 +47,7 @@ JOBS = [
     "report",
     "train",
 ]
-JOBS += ["dry_run", "export", "scan", "demo", "__main__"]
+JOBS += ["report", "online", "train", "dry_run", "export", "scan", "demo", "__main__"]
 ORDER = GROUND + MODELS_AND_DATA + SAMPLES + METHODS + JOBS
 
 
