@@ -1,13 +1,10 @@
-"""Is it learning? Figures that need no labels, from what a training step computes anyway, and what they mean in words.
+"""Is it learning? Figures that need no labels, from what a training step computes anyway.
 
 Shapes: B images, S patches, D width, T predicted tokens. Everything is a sum over images or tokens, so micro-batches
 and processes only add up.
 """
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,8 +40,15 @@ def health_sums(embedding: Tensor, extras: Mapping[str, Tensor], n_patches: int)
     }
 
 
+def on_host(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The sums in float64 on the CPU, in a single copy."""
+    flat = torch.cat([value.flatten() for value in sums.values()]).cpu().double()
+    parts = flat.split([value.numel() for value in sums.values()])
+    return {name: part.view(value.shape) for (name, value), part in zip(sums.items(), parts)}
+
+
 def health(sums: Mapping[str, Tensor]) -> dict[str, float | None]:
-    """What `health_sums`, added up over WINDOW images or so, say; None for what is not defined.
+    """What `health_sums`, added up over WINDOW images or so and `on_host`, say; None for what is not defined.
 
     feature_std: standard deviation of the unit embeddings, in [0, 1]; 0 when all images point one way.
     rankme: effective rank of the embeddings, in [1, D] (Garrido et al. 2023, equation 1).
@@ -54,7 +58,6 @@ def health(sums: Mapping[str, Tensor]) -> dict[str, float | None]:
     always says the mean; r2_position: share of the second, 0 for a model that knows the place and not the image.
     """
     values: dict[str, float | None] = {}
-    sums = {name: value.cpu().double() for name, value in sums.items()}
     mean_direction = sums["directions"] / sums["images"]
     values["feature_std"] = (1 - mean_direction.square().sum()).clamp(min=0).sqrt().item()
     values["rankme"] = rankme(sums["gram"])
@@ -89,217 +92,3 @@ def rankme(gram: Tensor) -> float | None:
     singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     p = singular / singular.sum().clamp(min=1e-12) + 1e-7
     return torch.exp(-(p * p.log()).sum()).item()
-
-
-class Verdict(NamedTuple):
-    """Whether it learns, in words. `level` is "good", "early" or "bad"."""
-
-    verdict: str  # a short name, which stays the same however the words change
-    level: str
-    headline: str
-    text: str  # what is seen and, where it is bad, the remedy
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a judge needs to know of a run."""
-
-    total_steps: int
-    warmup: float  # share of the run in which the rate rises
-    max_lr: float
-    tau: tuple[float, float] | None  # first and last, where there is a teacher
-    n_prototypes: int | None
-    knobs: tuple[str, ...] = ()  # of the method, by name
-
-
-# Judged on runs of all methods on two sets of images and on provoked collapses; see benchmarks/RESULTS.md.
-FEATURES_ALIKE = 0.03  # spread of unit features
-TARGETS_ALIKE = 0.005  # variance between images, of targets that a layer norm has given unit size
-SHRUNK = 0.2  # of the first reading: so small a rest of rank or variance is a collapse when other signs agree
-CROWDED = 0.5  # entropy of the mean prediction, of 1
-AT_LN_K = 0.985  # of ln K: a loss above has not left where it began
-NOTHING = 0.01  # R^2
-MANY_SKIPPED = 0.1  # share of the steps
-
-
-class Judge:
-    """Reads the lines of metrics.jsonl one after another and says so when what they mean has changed.
-
-    It has no state but these lines: a resumed run reads the old ones first. A problem counts when two readings in a row
-    show it, or the last.
-    """
-
-    def __init__(self, facts: Facts):
-        self.facts = facts
-        self.readings = 0
-        self.first: Mapping[str, Any] = {}
-        self.knn: list[float] = []  # accuracies in per cent, the first before training
-        self.knn_images = 1
-        self.now = Verdict("early", "early", "Too early to tell", "No figures yet.")
-        self._suspect = ""
-
-    def add(self, line: Mapping[str, Any]) -> Verdict | None:
-        """The verdict after this line if it is another than before, else None."""
-        if line.get("knn") is not None:
-            self.knn.append(line["knn"])
-            self.knn_images = line.get("knn_images", 1)
-        if "feature_std" not in line:
-            return None
-        self.readings += 1
-        self.first = self.first or line
-        verdict = self._problem(line) or self._fine(line)
-        sure = verdict.level != "bad" or verdict.verdict == self._suspect or line["step"] == self.facts.total_steps
-        self._suspect = verdict.verdict
-        if not sure:
-            return None
-        before, self.now = self.now, verdict
-        return verdict if verdict.verdict != before.verdict or self.readings == 1 else None
-
-    def _settled(self, step: int) -> bool:
-        """Whether a run has gone on for long enough that something should have been learned."""
-        progress = step / self.facts.total_steps
-        return progress >= 0.5 or (progress >= self.facts.warmup + 0.1 and step >= 5000)
-
-    def _problem(self, line: Mapping[str, Any]) -> Verdict | None:
-        for look in (self._numbers, self._prototypes, self._targets, self._features, self._predictions, self._labels):
-            if found := look(line):
-                return Verdict(found[0], "bad", found[1], found[2])
-        return None
-
-    def _calmer(self) -> str:
-        """The remedy for what moves too fast."""
-        f = self.facts
-        tau = f", or raise --tau-initial and --tau-end (now {f.tau[0]:g} and {f.tau[1]:g})" if f.tau else ""
-        return f"Lower --max-lr (now {f.max_lr:g}){tau}."
-
-    def _numbers(self, line: Mapping[str, Any]) -> tuple[str, str, str] | None:
-        skipped = line.get("skipped") or 0
-        if skipped <= MANY_SKIPPED * line["step"]:
-            return None
-        seen = f"{skipped:,} of {line['step']:,} steps had no finite gradient and changed nothing."
-        return (
-            "numbers",
-            "The numbers overflow",
-            f"{seen} Lower --max-lr (now {self.facts.max_lr:g}) or use --precision fp32.",
-        )
-
-    def _prototypes(self, line: Mapping[str, Any]) -> tuple[str, str, str] | None:
-        K, entropy = self.facts.n_prototypes, line.get("entropy")
-        if K is None or entropy is None:
-            return None
-        fewer = f"fewer prototypes (--set n_prototypes={max(2, K // 4)})"
-        if entropy < CROWDED:
-            weight = ", a larger --set mean_entropy_weight" if "mean_entropy_weight" in self.facts.knobs else ""
-            seen = f"Their mean assignment has an entropy of {entropy:.2f}, where 1 is an even use of all {K:,}."
-            return (
-                "crowded",
-                "Nearly all images fall on a few prototypes",
-                f"{seen} {self._calmer()} Or try {fewer}{weight}.",
-            )
-        loss, ln_k = line.get("cross_entropy", line.get("loss")), math.log(K)
-        if self._settled(line["step"]) and loss is not None and loss > AT_LN_K * ln_k:
-            sharper = ", sharper assignments (a smaller --set epsilon)" if "epsilon" in self.facts.knobs else ""
-            seen = f"The loss sits at ln({K}) = {ln_k:.2f}, what it is when every prototype is as likely as any other."
-            return (
-                "unused",
-                "The prototypes are unused",
-                f"{seen} Try {fewer}{sharper}, a larger --batch-size, or a lower --max-lr.",
-            )
-        return None
-
-    def _targets(self, line: Mapping[str, Any]) -> tuple[str, str, str] | None:
-        """Only a teacher's targets can collapse; pixels are what they are."""
-        images, first = line.get("target_variance_images"), self.first.get("target_variance_images")
-        if images is None or first is None:
-            return None
-        fell = f"Their variance between images is {images:.2g}, {first:.2g} at first."
-        if self.facts.tau is None:
-            alike = "The targets hardly differ between images", "Look at the views: are they all of one colour?"
-            return ("plain", alike[0], f"{fell} {alike[1]}") if images < TARGETS_ALIKE else None
-        r2 = line.get("r2_position")
-        if images < TARGETS_ALIKE or (images < SHRUNK * first and (r2 is None or r2 < NOTHING) and self._late(line)):
-            return (
-                "targets",
-                "The targets no longer differ between images: the encoder is collapsing",
-                f"{fell} {self._calmer()}",
-            )
-        return None
-
-    def _late(self, line: Mapping[str, Any]) -> bool:
-        return line["step"] >= (self.facts.warmup + 0.1) * self.facts.total_steps
-
-    def _features(self, line: Mapping[str, Any]) -> tuple[str, str, str] | None:
-        spread, rank, first = line["feature_std"], line.get("rankme"), self.first.get("rankme")
-        if spread < FEATURES_ALIKE and spread < self.first["feature_std"] / 2:
-            seen = f"Their spread is {spread:.3f}, {self.first['feature_std']:.2f} at first."
-            return "features", "All images get nearly the same features", f"{seen} {self._calmer()}"
-        if rank is not None and first is not None and rank < 3 and rank < SHRUNK * first:
-            seen = f"RankMe is {rank:.1f}, {first:.1f} at first."
-            return "rank", "The features have shrunk to a few directions", f"{seen} {self._calmer()}"
-        return None
-
-    def _predictions(self, line: Mapping[str, Any]) -> tuple[str, str, str] | None:
-        constant, position = line.get("r2_constant"), line.get("r2_position")
-        if constant is None or position is None or not self._settled(line["step"]):
-            return None
-        lr = self.facts.max_lr
-        if constant < NOTHING:
-            seen = f"They explain {100 * max(0.0, constant):.1f} % of what the targets vary by."
-            return (
-                "constant",
-                "The predictions are no better than the mean",
-                f"{seen} Try --max-lr {lr / 10:g} or {lr * 10:g}.",
-            )
-        if position < NOTHING:
-            seen = f"They explain {100 * constant:.0f} % of what the targets vary by, and none of it beyond what the place tells."
-            return (
-                "place",
-                "The predictions know the place and not the image",
-                f"{seen} Train for longer, or try another --max-lr (now {lr:g}).",
-            )
-        return None
-
-    def _labels(self, line: Mapping[str, Any]) -> tuple[str, str, str] | None:
-        if len(self.knn) < 2 or not self._settled(line["step"]) or self.knn[-1] >= self.knn[0] - self._noise():
-            return None
-        seen = f"kNN accuracy on your labels is {self.knn[-1]:.1f} %, and was {self.knn[0]:.1f} % before training."
-        return (
-            "labels",
-            "The features have become worse than untrained ones",
-            f"{seen} {self._calmer()} Or train for longer.",
-        )
-
-    def _noise(self) -> float:
-        """Two standard errors, at most, of the difference of two kNN accuracies, in points."""
-        return 200 * (0.5 / self.knn_images) ** 0.5
-
-    def _fine(self, line: Mapping[str, Any]) -> Verdict:
-        """What there is to say where nothing is wrong."""
-        figures = self._figures(line)
-        position, loss = line.get("r2_position"), line.get("cross_entropy", line.get("loss"))
-        K = self.facts.n_prototypes
-        nothing_yet = (position is not None and position < NOTHING) or (
-            K is not None and loss is not None and loss > AT_LN_K * math.log(K)
-        )
-        if self.readings < 3 or not self._late(line) or nothing_yet:
-            return Verdict("early", "early", "Too early to tell", f"No sign of a collapse so far. {figures}")
-        if len(self.knn) > 1 and self.knn[-1] < self.knn[0] + self._noise():
-            headline = "No collapse, but on your labels no gain over an untrained encoder yet"
-            return Verdict("unproven", "early", headline, figures)
-        return Verdict("learning", "good", "It is learning", figures)
-
-    def _figures(self, line: Mapping[str, Any]) -> str:
-        parts = []
-        if line.get("r2_constant") is not None and line.get("r2_position") is not None:
-            constant, position = (100 * max(0.0, line[name]) for name in ("r2_constant", "r2_position"))
-            parts.append(
-                f"Predictions explain {constant:.0f} % of what the targets vary by, "
-                f"and {position:.0f} % of what the place does not tell."
-            )
-        if line.get("entropy") is not None:
-            parts.append(f"The mean assignment to prototypes has an entropy of {line['entropy']:.2f} (1: even use).")
-        rank = f", in about {line['rankme']:.0f} directions (RankMe)" if line.get("rankme") else ""
-        parts.append(f"Features differ between images (spread {line['feature_std']:.2f} of 1){rank}.")
-        if len(self.knn) > 1:
-            parts.append(f"kNN on your labels: {self.knn[-1]:.1f} %, untrained {self.knn[0]:.1f} %.")
-        return " ".join(parts)

@@ -10,10 +10,10 @@ from data2vec_vision.errors import one_line
 from data2vec_vision.evaluate import KnnProbe
 from data2vec_vision.figures import draw_patch_features, draw_views, examples
 from data2vec_vision.loggers import Loggers
-from data2vec_vision.monitor import Facts, Judge, Verdict
 from data2vec_vision.plan import Job
 from data2vec_vision.report import report
 from data2vec_vision.run import RunFolder, command, say
+from data2vec_vision.verdict import Facts, Judge, Verdict
 
 
 def facts(job: Job) -> Facts:

@@ -22,7 +22,7 @@ from data2vec_vision.config import TrainConfig, not_default
 from data2vec_vision.data import Batch, MicroBatches, Stream, StreamDataset, make_loader
 from data2vec_vision.errors import InputError, RunFailed, Stopped, one_line
 from data2vec_vision.messages import describe, estimate, failure, farewell, go_on
-from data2vec_vision.monitor import WINDOW, health, health_sums
+from data2vec_vision.monitor import WINDOW, health, health_sums, on_host
 from data2vec_vision.online import Onlooker
 from data2vec_vision.plan import Job, prepare, restore
 from data2vec_vision.run import BadFiles, Progress, RunFolder, caught_signals, say
@@ -174,7 +174,7 @@ def watch(job: Job, folder: RunFolder, onlooker: Onlooker) -> None:
                     onlooker.epoch_done(step.number, epoch)
             if step.number % config.log_every == 0 or step.number == total:
                 record = {"step": step.number, "epoch": epoch, **window.read(step), "bad_files": len(bad_files)}
-                record |= window.read_health(last=step.number == total)
+                record |= window.read_health(step.number)
                 onlooker.log(record)
                 progress.show(record, left)
             if step.number == job.first_step + ESTIMATE_AFTER and step.number < total:
@@ -269,13 +269,15 @@ class Window:
         self._clear()
         return record
 
-    def read_health(self, last: bool) -> dict[str, float | None]:
-        """The figures of monitor.health, once there are WINDOW images for them or, if it is the `last` time, some."""
-        if not last and self._health_steps * self.job.config.images_a_step < WINDOW:
+    def read_health(self, step: int) -> dict[str, float | None]:
+        """The figures of monitor.health, once there are WINDOW images for them; at the end of the run fewer will do."""
+        G = self.job.config.images_a_step
+        least = WINDOW if step < self.job.schedule.total_steps else min(WINDOW // 4, step * G)
+        if self._health_steps * G < least:
             return {}
-        sums = {name: distributed.mean(total) for name, total in self._health.items()}
+        sums = on_host({name: distributed.mean(total) for name, total in self._health.items()})
         self._health, self._health_steps = {}, 0
-        return health(sums) if sums and sums["images"] > 1 else {}
+        return health(sums) if sums["images"] > 1 else {}  # all steps may have been skipped
 
 
 def optimizer_and_scaler(job: Job) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler]:

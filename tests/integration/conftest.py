@@ -13,7 +13,7 @@ from data2vec_vision.__main__ import main
 
 # A step takes milliseconds: 24 images, 4 a step, so 6 steps an epoch.
 TINY = ["--image-size", "16", "--patch-size", "4", "--hidden-dim", "32", "--n-heads", "2", "--n-encoders", "2",
-        "--batch-size", "4", "--workers", "0", "--precision", "fp32", "--log-every", "1"]  # fmt: skip
+        "--batch-size", "4", "--workers", "0", "--precision", "fp32", "--log-every", "1", "--no-report", "--no-tensorboard"]  # fmt: skip
 
 
 @pytest.fixture

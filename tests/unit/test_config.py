@@ -117,7 +117,7 @@ def test_resolve_keeps_what_was_typed_and_leaves_nothing_on_auto():
     assert config.tau_initial <= config.tau_end
     unresolved = {n for n in fields() if getattr(config, n) in (None, "auto")}
     assert unresolved == {"model", "init", "mask_erase_pct", "tau_increase_pct", "resume_checkpoint", "config",
-                          "warmup_pct", "clip_grad"} - set(FACTS.recipe)  # fmt: skip
+                          "warmup_pct", "clip_grad", "eval_path", "wandb"} - set(FACTS.recipe)  # fmt: skip
 
 
 @pytest.mark.parametrize(("n_images", "epochs"), [(1, 1), (10, 3), (1_000, 100), (10**7, 300)])

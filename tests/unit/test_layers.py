@@ -17,6 +17,7 @@ GROUND = [
     "prototypes",
     "targets",
     "monitor",
+    "verdict",
 ]
 MODELS_AND_DATA = [
     "config",
@@ -45,9 +46,14 @@ JOBS = [
     "messages",
     "loggers",
     "report",
+    "online",
     "train",
+    "dry_run",
+    "export",
+    "scan",
+    "demo",
+    "__main__",
 ]
-JOBS += ["report", "online", "train", "dry_run", "export", "scan", "demo", "__main__"]
 ORDER = GROUND + MODELS_AND_DATA + SAMPLES + METHODS + JOBS
 
 
