@@ -4,6 +4,7 @@ Shapes: B images, S patches, D width, T predicted tokens. Everything is a sum ov
 and processes only add up.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -61,8 +62,13 @@ def health(sums: Mapping[str, Tensor]) -> dict[str, float | None]:
     mean_direction = sums["directions"] / sums["images"]
     values["feature_std"] = (1 - mean_direction.square().sum()).clamp(min=0).sqrt().item()
     values["rankme"] = rankme(sums["gram"])
-    if "tokens" not in sums:
-        return values
+    if "tokens" in sums:
+        values |= token_health(sums)
+    return {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
+
+
+def token_health(sums: Mapping[str, Tensor]) -> dict[str, float | None]:
+    """The part of `health` about what is predicted, place by place."""
     n = sums["tokens"]
     D, total = sums["target"].shape[1], n.sum()
     mean = sums["target"].sum(dim=0) / total
@@ -73,11 +79,12 @@ def health(sums: Mapping[str, Tensor]) -> dict[str, float | None]:
     of_place = sums["target_square"][seen] - sums["target"][seen].square().sum(dim=1) / n
     left = (of_place * n / (n - 1)).sum()
     images = left / n.sum() / D
-    values["target_variance_tokens"] = tokens.clamp(min=0).item()
-    values["target_variance_images"] = images.clamp(min=0).item() if seen.any() else None
-    values["r2_constant"] = explained(sums["error_square"].sum(), tokens * total * D)
-    values["r2_position"] = explained(error, left)
-    return values
+    return {
+        "target_variance_tokens": tokens.clamp(min=0).item(),
+        "target_variance_images": images.clamp(min=0).item(),
+        "r2_constant": explained(sums["error_square"].sum(), tokens * total * D),
+        "r2_position": explained(error, left),
+    }
 
 
 def explained(error: Tensor, variation: Tensor) -> float | None:

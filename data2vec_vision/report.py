@@ -207,10 +207,16 @@ def chart(name: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | Non
         "help": CURVES[name][1],
         "path": "M" + "L".join(f"{x} {y}" for x, y, *_ in points),
         "points": json.dumps(points),
-        "ticks": [(place(first, y)[1], f"{y:.3g}") for y in (low, (low + high) / 2, high)],
+        "ticks": [(place(first, y)[1], short(y)) for y in (low, (low + high) / 2, high)],
         "first": f"{first:,}",
         "last": f"{last:,}",
     }
+
+
+def short(y: float) -> str:
+    """A number that fits beside a curve."""
+    far = y and not 1e-3 <= abs(y) < 1e5
+    return f"{y:.1e}".replace("e-0", "e-").replace("e+0", "e") if far else f"{y:.3g}"
 
 
 def reproduce(config: TrainConfig, folder: Path) -> str:

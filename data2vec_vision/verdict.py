@@ -58,7 +58,7 @@ class Judge:
         if line.get("knn") is not None:
             self.knn.append(line["knn"])
             self.knn_images = line.get("knn_images", 1)
-        if "feature_std" not in line:
+        if line.get("feature_std") is None:
             return None
         self.readings += 1
         self.first = self.first or line
@@ -73,7 +73,7 @@ class Judge:
     def _settled(self, step: int) -> bool:
         """Whether a run has gone on for long enough that something should have been learned."""
         progress = step / self.facts.total_steps
-        return progress >= 0.5 or (progress >= self.facts.warmup + 0.1 and step >= 5000)
+        return (progress >= 0.5 and step >= 300) or (progress >= self.facts.warmup + 0.1 and step >= 5000)
 
     def _problem(self, line: Mapping[str, Any]) -> Verdict | None:
         for look in (self._numbers, self._prototypes, self._targets, self._features, self._predictions, self._labels):
@@ -166,7 +166,9 @@ class Judge:
                 f"{seen} Try --max-lr {lr / 10:g} or {lr * 10:g}.",
             )
         if position < NOTHING:
-            seen = f"They explain {100 * constant:.0f} % of what the targets vary by, but nothing that the place does not."
+            seen = (
+                f"They explain {100 * constant:.0f} % of what the targets vary by, but nothing that the place does not."
+            )
             return (
                 "place",
                 "The predictions know the place and not the image",
