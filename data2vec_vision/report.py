@@ -1,51 +1,29 @@
 """One page about a run: is it learning, what did it see, what do its features tell apart. One file, no network."""
 
-import base64
 import csv
 import io
 import json
 import math
 import platform
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from jinja2 import Environment, PackageLoader
-from PIL import Image
-from torch import Tensor
-from torchvision.transforms.v2.functional import to_pil_image
 
-from data2vec_vision import checkpoint, methods
 from data2vec_vision.checkpoint import atomic_write
 from data2vec_vision.config import TrainConfig, fields, flag, read_config
-from data2vec_vision.device import find_device, versions
-from data2vec_vision.errors import InputError
-from data2vec_vision.extract import feature_function
-from data2vec_vision.figures import (
-    Encoders,
-    draw_attention,
-    draw_embedding_map,
-    draw_neighbours,
-    draw_patch_features,
-    draw_views,
-    embedding_places,
-    examples,
-    principal_places,
-)
-from data2vec_vision.plan import Job, prepare
+from data2vec_vision.device import versions
+from data2vec_vision.errors import InputError, one_line
+from data2vec_vision.gallery import confusions, draw_pictures
 from data2vec_vision.run import command, complete_lines
-from data2vec_vision.sources import read_image
 
 NAME = "report.html"
-MOST_IMAGES, FEWEST_IMAGES = 1000, 100  # whose features are computed
-SECONDS = 20  # that this may take, roughly
-EPOCHS = 4  # columns of the maps beside the untrained encoder
 POINTS = 300  # of a curve
 BAD_SHOWN = 50
+CLASSES = 20  # in a table
 
 CURVES = {  # name in metrics.jsonl: title, what it tells
     "loss": ("Loss", "what training lowers; with a moving teacher it may rise while the features get better"),
@@ -77,6 +55,7 @@ def report(run: str, device: str | None = None, maps: bool = True) -> Path:
     config, lines = read_run(folder)
     page = Environment(loader=PackageLoader("data2vec_vision", "."), autoescape=True).get_template(NAME)
     pictures, notes = draw_pictures(folder, config, lines, device, maps)
+    pictures += confusions(folder)
     html = page.render(**contents(folder, config, lines), pictures=pictures, notes=notes)
     try:
         with atomic_write(folder / NAME) as file:
@@ -237,126 +216,46 @@ def reproduce(config: TrainConfig, folder: Path) -> str:
     return f"{command(*words, '--checkpoint-out-dir', again)}\n\nor, the same: {command(*short)}"
 
 
-def draw_pictures(
-    folder: Path, config: TrainConfig, lines: Sequence[Mapping[str, Any]], device: str | None, maps: bool
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """The pictures of the page, and a sentence for each that cannot be made."""
-    # Without --init and --pretrained: their files may be gone, and only the views and the masks are needed.
-    plain = replace(
-        config, init=None, pretrained=False, resume_checkpoint=None, workers=0, checkpoint_out_dir=str(folder)
-    )
-    try:
-        where = find_device(device or (config.device if device_is_here(config.device) else None))
-        job = prepare(replace(plain, device=str(where)))
-    except InputError as error:
-        return [], [f"The pictures are left out: {error}."]
-    pictures = [picture("What the model saw", VIEWS, draw_views(job))]
-    files = encoder_files(folder)
-    if not files:
-        return pictures, ["Pictures of features come with the first saved encoder."]
-    encoders = [(f"epoch {epoch}", checkpoint.load(path)) for epoch, path in files]
-    trained = encoders[-1][1].to(where)
-    if not (config.init or config.pretrained):
-        encoders.insert(0, ("untrained", job.method.student.eval().cpu()))
-    images = examples(job.source)
-    for _, encoder in encoders:
-        encoder.to(where)
-    pictures += reconstruction(folder, job, images)
-    pictures += patch_maps(encoders, images)
-    rate = next((line["images_per_second"] for line in reversed(lines) if line.get("images_per_second")), 0.0)
-    count = int(min(MOST_IMAGES, max(FEWEST_IMAGES, SECONDS * rate)))
-    return [*pictures, *neighbourhoods(job, trained, where, count, maps)], []
-
-
-VIEWS = "A row an image: the image, its views, and what of the first view the student gets. Every epoch draws others."
-MAPS = (
-    "A row an image, a column a saved encoder. The first three principal components of the patch features, as red, "
-    "green and blue: what has one colour is alike to the encoder. Things and their parts should come to stand out."
-)
-ATTENTION = "How much the last block attends to each patch, the mean over heads; bright is much."
-NEIGHBOURS = "Left: an image of the training set. Right: those nearest to it by cosine of their features."
-PLACES = "{count:,} images, placed by their features in two dimensions; of those that would overlap the first is shown."
-
-
-def device_is_here(name: str | None) -> bool:
-    try:
-        find_device(name)
-    except InputError:
-        return False
-    return True
-
-
-def encoder_files(folder: Path) -> list[tuple[str, Path]]:
-    """Some of the saved students with their epochs, the last one included; else the rolling checkpoint."""
-    numbered = ((re.fullmatch(r"student_(\d+)", path.stem), path) for path in folder.glob("student_*.pt"))
-    found = {int(match[1]): path for match, path in numbered if match}
-    if not found:
-        rolling = folder / "checkpoint_last.pt"
-        return [("now", rolling)] if rolling.exists() else []
-    epochs = sorted(found)
-    chosen = torch.linspace(0, len(epochs) - 1, min(EPOCHS, len(epochs))).round().long().tolist()
-    return [(str(epochs[i]), found[epochs[i]]) for i in chosen]
-
-
-def patch_maps(encoders: Encoders, images: Sequence[Image.Image]) -> Iterator[dict[str, Any]]:
-    if images:
-        yield picture("What the patch features tell apart", MAPS, draw_patch_features(encoders, images))
-        if attention := draw_attention(encoders, images):
-            yield picture("Where it looks", ATTENTION, attention)
-
-
-def reconstruction(folder: Path, job: Job, images: Sequence[Image.Image]) -> Iterator[dict[str, Any]]:
-    """For a method that draws its predictions (MAE)."""
-    if not hasattr(job.method, "picture") or not (folder / "checkpoint_last.pt").exists():
-        return
-    method: Any = methods.load_method(str(folder / "checkpoint_last.pt"))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        drawn = method.eval().picture(images)
-    yield picture(
-        "What it reconstructs", "Image, what the encoder sees of it, and what the decoder makes of that.", drawn
-    )
-
-
-def neighbourhoods(job: Job, encoder: Any, where: torch.device, count: int, maps: bool) -> Iterator[dict[str, Any]]:
-    """Nearest neighbours and maps of `count` images."""
-    N = len(job.source)
-    indices = torch.linspace(0, N - 1, min(count, N)).long().unique().tolist()
-    compute = feature_function(encoder, where, None, None)
-    features, thumbnails, names = [], [], []
-    for start in range(0, len(indices), 50):
-        pixels = []
-        for index in indices[start : start + 50]:
-            image = read_image(job.source, index)
-            if isinstance(image, Image.Image):
-                pixels.append(encoder.transform.resized(image))
-                names.append(job.source.name(index))
-        if pixels:
-            features.append(compute(torch.stack(pixels)))
-            thumbnails += [small(p) for p in pixels]
-    bank = torch.cat(features) if features else torch.empty(0)
-    if len(bank) < 3 or not bank.isfinite().all():
-        return
-    yield picture("What it finds alike", NEIGHBOURS, draw_neighbours(bank, thumbnails.__getitem__, names))
-    for name, places in (embedding_places(bank) if maps else {"PCA": principal_places(bank)}).items():
-        drawn = draw_embedding_map(places, thumbnails.__getitem__)
-        yield picture(f"A map of the images ({name})", PLACES.format(count=len(bank)), drawn)
-
-
-def small(pixels: Tensor) -> Image.Image:
-    image = to_pil_image(pixels)
-    image.thumbnail((96, 96))
-    return image
-
-
-def picture(title: str, caption: str, image: Image.Image) -> dict[str, Any]:
-    """An image inside the page itself."""
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "JPEG", quality=88, subsampling=0)
-    source = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return {"title": title, "caption": caption, "source": source, "width": image.width}
-
-
 def evaluations(folder: Path) -> Iterator[dict[str, Any]]:
     """What `evaluate` has written beside the encoders, as tables."""
-    return iter(())
+    for path in sorted(folder.glob("*.evaluation.json"), key=lambda path: path.stat().st_mtime):
+        yield from tables_of(path)
+
+
+def tables_of(path: Path) -> list[dict[str, Any]]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return [accuracies(path, found), classes(path, found)]
+    except (OSError, ValueError, KeyError, TypeError) as error:  # somebody else's file
+        return [{"title": path.name, "caption": f"cannot be read: {one_line(error)}", "header": [], "rows": []}]
+
+
+def accuracies(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The table of one evaluation: an encoder or a floor a row, a probe a column."""
+    shots = sorted({int(n) for row in found["results"].values() for n in row["few_shot"]})
+    rows = []
+    for name, row in found["results"].items():
+        few = (row["few_shot"].get(str(n)) for n in shots)
+        cells = [f"{row[probe]:.1f}" for probe in ("knn", "linear")]
+        rows.append([name, *cells, *(f"{f['mean']:.1f} ± {f['sd']:.1f}" if f else "" for f in few)])
+    images, where = found["images"], found["test_path"] or found["input_path"]
+    return {
+        "title": f"Evaluation of {path.name.removesuffix('.evaluation.json')}",
+        "caption": f"{found['verdict']} Accuracy in per cent on {images['test']:,} images of {where}, by the labels of "
+        f"{images['train']:,} others; standard error up to {found['standard_error']:.1f}; the most frequent class has "
+        f"{found['chance']:.1f} %.",
+        "header": ["", "kNN", "linear", *(f"{n}-shot" for n in shots)],
+        "rows": rows,
+    }
+
+
+def classes(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The classes of one evaluation, the worst first."""
+    worst = sorted(found["per_class"], key=lambda row: row["linear"])
+    return {
+        "title": f"Classes of {path.name.removesuffix('.evaluation.json')}",
+        "caption": "Accuracy in per cent, the worst first"
+        + (f"; {CLASSES} of {len(worst):,}." if len(worst) > CLASSES else "."),
+        "header": ["class", "test images", "kNN", "linear"],
+        "rows": [[r["class"], f"{r['test']:,}", f"{r['knn']:.1f}", f"{r['linear']:.1f}"] for r in worst[:CLASSES]],
+    }

@@ -198,7 +198,7 @@ class Judge:
         nothing_yet = (position is not None and position < NOTHING) or (
             K is not None and loss is not None and loss > AT_LN_K * math.log(K)
         )
-        if self.readings < 3 or not self._late(line) or nothing_yet:
+        if self.readings < 3 or not self._late(line) or (nothing_yet and self.now.level != "good"):
             return Verdict("early", "early", "Too early to tell", f"No sign of a collapse so far. {figures}")
         if len(self.knn) > 1 and self.knn[-1] < self.knn[0] + self._noise():
             headline = "No collapse, but on your labels no gain over an untrained encoder yet"

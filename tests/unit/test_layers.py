@@ -45,6 +45,7 @@ JOBS = [
     "figures",
     "messages",
     "loggers",
+    "gallery",
     "report",
     "online",
     "train",
