@@ -199,7 +199,8 @@ class Judge:
             K is not None and loss is not None and loss > AT_LN_K * math.log(K)
         )
         if self.readings < 3 or not self._late(line) or (nothing_yet and self.now.level != "good"):
-            return Verdict("early", "early", "Too early to tell", f"No sign of a collapse so far. {figures}")
+            when = "Too early" if line["step"] < self.facts.total_steps else "Too short a run"
+            return Verdict("early", "early", f"{when} to tell", f"No sign of a collapse so far. {figures}")
         if len(self.knn) > 1 and self.knn[-1] < self.knn[0] + self._noise():
             headline = "No collapse, but on your labels no gain over an untrained encoder yet"
             return Verdict("unproven", "early", headline, figures)

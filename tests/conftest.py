@@ -37,6 +37,12 @@ def write_images(folder: Path, count: int = 24, side: int = 20) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def make_images():
+    """make_images(folder) writes 24 small images below it."""
+    return write_images
+
+
 @pytest.fixture
 def images(tmp_path) -> Path:
     """A folder of 24 small images."""
