@@ -35,6 +35,7 @@ CROWDED = 0.5  # entropy of the mean prediction, of 1
 AT_LN_K = 0.985  # of ln K: a loss above has not left where it began
 NOTHING = 0.01  # R^2
 MANY_SKIPPED = 0.1  # share of the steps
+LEARNED_BY = 500, 5000  # steps: after half of a run, and after the warm-up of a long one, something should be learned
 
 
 class Judge:
@@ -73,7 +74,8 @@ class Judge:
     def _settled(self, step: int) -> bool:
         """Whether a run has gone on for long enough that something should have been learned."""
         progress = step / self.facts.total_steps
-        return (progress >= 0.5 and step >= 300) or (progress >= self.facts.warmup + 0.1 and step >= 5000)
+        soon, surely = LEARNED_BY
+        return (progress >= 0.5 and step >= soon) or (progress >= self.facts.warmup + 0.1 and step >= surely)
 
     def _problem(self, line: Mapping[str, Any]) -> Verdict | None:
         for look in (self._numbers, self._prototypes, self._targets, self._features, self._predictions, self._labels):

@@ -94,7 +94,7 @@ def test_what_was_never_there_cannot_be_lost():
 def test_short_runs_are_not_blamed_for_having_learned_nothing_yet():
     slow = HEALTHY | {"r2_constant": -0.1, "r2_position": -0.3}
     assert judged([slow] * 10)[1].verdict == "constant"
-    assert judged([slow] * 10, replace(FACTS, total_steps=200))[1].verdict == "early"
+    assert judged([slow] * 10, replace(FACTS, total_steps=400))[1].verdict == "early"
     assert judged([slow] * 4 + [HEALTHY] * 6)[1].verdict == "learning"
     assert judged([slow] * 4 + [HEALTHY] * 6)[0][1][1].verdict == "learning", "before half of the run nothing is said"
 
