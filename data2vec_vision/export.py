@@ -7,6 +7,7 @@ in the files of the run. The line that is printed last is the one by which the r
 import contextlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -14,12 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 
 from data2vec_vision import __version__
 from data2vec_vision.checkpoint import STUDENT, load_encoder, sync_folder
 from data2vec_vision.errors import InputError, RunFailed, Stopped, one_line
-from data2vec_vision.formats import FILES, FORMATS, MARK, Encoder, checkpoint_call, for_timm, usage
+from data2vec_vision.formats import FILES, FORMATS, MARK, Encoder, for_timm, timm_call, usage
 from data2vec_vision.run import caught_signals, say, size
 
 TOLERANCE = 1e-4  # of the features, as a share of the largest one, or of 1 where that is less
@@ -42,7 +44,7 @@ def export(checkpoint: str, output: str, format: str, encoder: str = "student", 
             raise Stopped(signals[0], "Stopped; nothing was written")
     report(source, format, target, difference)
     if format == "timm" and "encoder" not in source.about:
-        say(f"the file itself, by timm: {checkpoint_call(source, os.path.realpath(checkpoint))}")
+        say(f"the file itself, by timm: {timm_call(source, checkpoint_path=os.path.realpath(checkpoint))}")
     say(usage(source, format))
     say(FORMATS[format].line(source, str(target)))
 
@@ -54,6 +56,8 @@ def check_output(output: str, format: str) -> Path:
         raise InputError(f"--output {output}: there is no folder {target.parent}; make it first")
     if not os.access(target.parent, os.W_OK):
         raise InputError(f"--output {output}: the folder {target.parent} cannot be written to")
+    if format == "timm" and timm.models.parse_model_name(f"local-dir:{target}")[1] != str(target):
+        raise InputError(f"--output {output}: timm {timm.__version__} takes no path with # ? or line ends in it")
     if format == "onnx":
         if target.suffix != ".onnx":
             raise InputError(f"--output {output} must end in .onnx")
@@ -135,12 +139,14 @@ def difference_when_loaded(source: Encoder, format: str, path: Path) -> float | 
     library = FORMATS[format].library
     if importlib.util.find_spec(library) is None:
         return None
-    images = source.noise()
+    images = source.noise(3)  # another number than ONNX was traced with
     loaded: dict[str, Any] = {}
     with torch.no_grad():
         ours = source.ours.encode(images).tokens, source.ours.embed(images, source.pool)
         try:
-            exec(FORMATS[format].line(source, str(path)), loaded)
+            importlib.import_module(library)  # first, so that its log does not go where its progress bar goes
+            with contextlib.redirect_stderr(io.StringIO()):
+                exec(FORMATS[format].line(source, str(path)), loaded)
             theirs = FORMATS[format].outputs(source, loaded, images)
         except Exception as error:  # whatever another library raises
             raise RunFailed(f"nothing was written: {library} cannot load the result: {one_line(error)}") from error
@@ -157,5 +163,5 @@ def report(source: Encoder, format: str, target: Path, difference: float | None)
     checked = f"not loaded back, for {library} is not installed"
     if difference is not None:
         version = importlib.metadata.version(library)
-        checked = f"loaded back by {library} {version}, features differ by {difference:.0e} at most"
-    say(f"Wrote {target}: {size(total)}, {source.about['method']}; {checked}")
+        checked = f"loaded back by {library} {version}, its features differ from ours by {difference:.0e} at most"
+    say(f"Wrote {target} ({size(total)}): the encoder of {source.about['method']} in {source.about['file']}; {checked}")

@@ -36,9 +36,9 @@ class Encoder:
     pool: str  # "mean" or "cls"
     about: dict[str, Any]  # where it comes from
 
-    def noise(self) -> Tensor:
-        """Two images to try it on, [2, 3, H, W]."""
-        shape = (2, self.vit.patch_embed.proj.in_channels, *self.ours.image_size)
+    def noise(self, count: int) -> Tensor:
+        """Images to try it on, [count, 3, H, W]."""
+        shape = (count, self.vit.patch_embed.proj.in_channels, *self.ours.image_size)
         return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -103,26 +103,23 @@ def write_safetensors(source: Encoder, folder: Path) -> None:
 
 
 def safetensors_line(source: Encoder, path: str) -> str:
-    build = f"model = {timm_call(source.name, source.arguments)}.eval()"
+    build = f"model = {timm_call(source)}.eval()"
     load = f"model.load_state_dict(load_file({str(Path(path, 'model.safetensors'))!r}))"
     return f"import timm; from safetensors.torch import load_file; {build}; {load}"
 
 
-def timm_call(name: str, arguments: dict[str, Any]) -> str:
-    """The call of timm.create_model, in Python."""
-    return f"timm.create_model({name!r}, num_classes=0{''.join(f', {k}={v!r}' for k, v in arguments.items())})"
-
-
-def checkpoint_call(source: Encoder, checkpoint: str) -> str:
-    """The call with which timm loads a student file, with no more arguments than its model of that name needs."""
+def timm_call(source: Encoder, **more: str) -> str:
+    """The call of timm.create_model, in Python, with no more arguments than its model of that name needs."""
     usual: dict[str, Any] = {}
     with contextlib.suppress(InputError), torch.device("meta"):
         plain = build_vit(source.name)
+        pool = {"global_pool": plain.global_pool}
         if plain.global_pool == source.arguments["global_pool"] == "token":  # "avg" moves the norm unless told
-            usual = {"global_pool": "token", "fc_norm": not isinstance(plain.fc_norm, nn.Identity)}
-        usual |= architecture(MaskedVisionTransformer(plain).vit)["arguments"]
+            pool["fc_norm"] = not isinstance(plain.fc_norm, nn.Identity)
+        usual = architecture(MaskedVisionTransformer(plain).vit)["arguments"] | pool
     needed = {key: value for key, value in source.arguments.items() if key not in usual or value != usual[key]}
-    return timm_call(source.name, needed | {"checkpoint_path": checkpoint})
+    keywords = {"num_classes": 0} | needed | more
+    return f"timm.create_model({source.name!r}, {', '.join(f'{key}={value!r}' for key, value in keywords.items())})"
 
 
 def write_huggingface(source: Encoder, folder: Path) -> None:
@@ -164,8 +161,8 @@ def write_onnx(source: Encoder, path: Path) -> None:
             warnings.simplefilter("ignore")  # of what other versions of torch will do
             program: Any = torch.onnx.export(
                 TokensAndEmbedding(source.vit).eval(),
-                (source.noise(),),
-                dynamic_shapes=({0: torch.export.Dim("N")},),
+                (source.noise(2),),
+                dynamic_shapes=({0: torch.export.Dim("N", min=1, max=2**31 - 1)},),
                 dynamo=True,
                 optimize=True,
                 verbose=False,
@@ -209,13 +206,14 @@ FORMATS = {
 
 def usage(source: Encoder, format: str) -> str:
     """What the result takes and gives, in a line for people."""
-    transform, N = source.ours.transform, source.vit.num_prefix_tokens
+    transform, prefix = source.ours.transform, source.vit.num_prefix_tokens
+    patches = f"[:, {prefix}:]" if prefix else ""
     height, width = transform.image_size
     pixels = f"RGB in [0, 1], resized to {height} x {width}, minus {list(transform.mean)}, over {list(transform.std)}"
     first = f"images: float32 [N, 3, {height}, {width}], {pixels}; "
     if format == "onnx":
         return first + 'patch tokens and embedding: features, embedding = session.run(None, {"images": images})'
     if format == "huggingface":
-        embedding = "states[:, 0]" if source.pool == "cls" else f"states[:, {N}:].mean(1)"
+        embedding = "states[:, 0]" if source.pool == "cls" else f"states{patches}.mean(1)"
         return f"states = model(**processor(image, return_tensors='pt')).last_hidden_state; the embedding: {embedding}"
-    return first + f"embedding: model(images); patch tokens: model.forward_features(images)[:, {N}:]"
+    return first + f"embedding: model(images); patch tokens: model.forward_features(images){patches}"

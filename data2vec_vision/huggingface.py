@@ -15,6 +15,7 @@ from data2vec_vision.errors import InputError
 from data2vec_vision.transforms import ImageTransform
 
 ACTIVATIONS = {nn.GELU: "gelu", GELUTanh: "gelu_pytorch_tanh", QuickGELU: "quick_gelu"}
+INSTEAD = "use --format timm: with timm installed, transformers' AutoModel.from_pretrained loads that folder too"
 BILINEAR = 2  # Pillow's number for it
 OUTSIDE = {  # what is in no block: timm's name, transformers' name
     "cls_token": "embeddings.cls_token",
@@ -88,7 +89,7 @@ def refuse_other_parts(vit: VisionTransformer) -> None:
     block: Any = vit.blocks[0]
     parts = {
         "register tokens": vit.num_reg_tokens > 0,
-        "a norm before the blocks": not isinstance(vit.norm_pre, nn.Identity),
+        "norm before the blocks": not isinstance(vit.norm_pre, nn.Identity),
         f"blocks like timm's {type(block).__name__}": type(block) is not Block,
     }
     if type(block) is Block:
@@ -100,7 +101,7 @@ def refuse_other_parts(vit: VisionTransformer) -> None:
     if type(block) is Block and type(block.mlp) is Mlp:
         parts[f"{type(block.mlp.act).__name__} for an activation"] = type(block.mlp.act) not in ACTIVATIONS
     if lacking := [part for part, present in parts.items() if present]:
-        raise InputError(f"transformers' ViT has no {' and no '.join(lacking)}; use --format timm")
+        raise InputError(f"transformers' ViT has no {' and no '.join(lacking)}; {INSTEAD}")
 
 
 def renamed(vit: VisionTransformer) -> dict[str, Tensor]:
@@ -113,7 +114,7 @@ def renamed(vit: VisionTransformer) -> dict[str, Tensor]:
         fold_layer_scale(ours, f"blocks.{index}.")
     for name, tensor in ours.items():
         if (place := OUTSIDE.get(name) or place_in_block(name)) is None:
-            raise InputError(f"transformers' ViT has no place for {name}; use --format timm")
+            raise InputError(f"transformers' ViT has no place for {name}; {INSTEAD}")
         theirs[place] = tensor
     return theirs
 
