@@ -113,7 +113,7 @@ def timm_call(source: Encoder, **more: str) -> str:
     usual: dict[str, Any] = {}
     with contextlib.suppress(InputError), torch.device("meta"):
         plain = build_vit(source.name)
-        pool = {"global_pool": plain.global_pool}
+        pool: dict[str, Any] = {"global_pool": plain.global_pool}
         if plain.global_pool == source.arguments["global_pool"] == "token":  # "avg" moves the norm unless told
             pool["fc_norm"] = not isinstance(plain.fc_norm, nn.Identity)
         usual = architecture(MaskedVisionTransformer(plain).vit)["arguments"] | pool
