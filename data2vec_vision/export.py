@@ -40,9 +40,13 @@ def export(checkpoint: str, output: str, format: str, encoder: str = "student", 
     with staged(target) as (written, signals):
         FORMATS[format].write(source, written)
         difference = difference_when_loaded(source, format, written)
+        files = [path for path in written.parent.rglob("*") if path.is_file()]
+        total = sum(path.stat().st_size for path in files)
         if signals:
             raise Stopped(signals[0], "Stopped; nothing was written")
-    report(source, format, target, difference)
+    report(source, format, target, total, difference)
+    if any(path.name == f"{target.name}.data" for path in files):
+        say(f"{target.name}.data beside it holds the weights, which one .onnx file cannot: keep the two together")
     if format == "timm" and "encoder" not in source.about:
         say(f"the file itself, by timm: {timm_call(source, checkpoint_path=os.path.realpath(checkpoint))}")
     say(usage(source, format))
@@ -156,10 +160,9 @@ def difference_when_loaded(source: Encoder, format: str, path: Path) -> float | 
     return max(differences)
 
 
-def report(source: Encoder, format: str, target: Path, difference: float | None) -> None:
-    """Say what was written, and how near its features are."""
+def report(source: Encoder, format: str, target: Path, total: int, difference: float | None) -> None:
+    """Say what was written, `total` bytes, and how near its features are."""
     library = FORMATS[format].library
-    total = sum(path.stat().st_size for path in ([*target.iterdir()] if target.is_dir() else [target]))
     checked = f"not loaded back, for {library} is not installed"
     if difference is not None:
         version = importlib.metadata.version(library)
