@@ -40,13 +40,10 @@ def export(checkpoint: str, output: str, format: str, encoder: str = "student", 
     with staged(target) as (written, signals):
         FORMATS[format].write(source, written)
         difference = difference_when_loaded(source, format, written)
-        files = [path for path in written.parent.rglob("*") if path.is_file()]
-        total = sum(path.stat().st_size for path in files)
+        sizes = {path.name: path.stat().st_size for path in written.parent.rglob("*") if path.is_file()}
         if signals:
             raise Stopped(signals[0], "Stopped; nothing was written")
-    report(source, format, target, total, difference)
-    if any(path.name == f"{target.name}.data" for path in files):
-        say(f"{target.name}.data beside it holds the weights, which one .onnx file cannot: keep the two together")
+    report(source, format, target, sizes, difference)
     if format == "timm" and "encoder" not in source.about:
         say(f"the file itself, by timm: {timm_call(source, checkpoint_path=os.path.realpath(checkpoint))}")
     say(usage(source, format))
@@ -160,11 +157,13 @@ def difference_when_loaded(source: Encoder, format: str, path: Path) -> float | 
     return max(differences)
 
 
-def report(source: Encoder, format: str, target: Path, total: int, difference: float | None) -> None:
-    """Say what was written, `total` bytes, and how near its features are."""
-    library = FORMATS[format].library
+def report(source: Encoder, format: str, target: Path, sizes: dict[str, int], difference: float | None) -> None:
+    """Say what was written, its files with their bytes, and how near its features are."""
+    library, about = FORMATS[format].library, source.about
     checked = f"not loaded back, for {library} is not installed"
     if difference is not None:
         version = importlib.metadata.version(library)
         checked = f"loaded back by {library} {version}, its features differ from ours by {difference:.0e} at most"
-    say(f"Wrote {target} ({size(total)}): the encoder of {source.about['method']} in {source.about['file']}; {checked}")
+    say(f"Wrote {target} ({size(sum(sizes.values()))}): the encoder of {about['method']} in {about['file']}; {checked}")
+    if f"{target.name}.data" in sizes:
+        say(f"{target.name}.data beside it holds the weights, which one .onnx file cannot: keep the two together")
