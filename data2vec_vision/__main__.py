@@ -167,6 +167,38 @@ def report(run_dir: str, csv: str | None, device: str | None, debug: bool) -> No
 
 
 @cli.command()
+@click.argument("checkpoint")
+@click.option(
+    "--format",
+    type=click.Choice(["timm", "safetensors", "huggingface", "onnx"]),
+    required=True,
+    help="For timm, for anything that reads safetensors, for transformers, or for ONNX runtimes.",
+)
+@click.option("--output", required=True, metavar="PATH", help="Where to write: a folder, or for onnx a file.onnx.")
+@click.option(
+    "--encoder",
+    type=click.Choice(["student", "teacher"]),
+    default="student",
+    show_default=True,
+    help="Which one of a training checkpoint.",
+)
+@click.option(
+    "--pool", type=click.Choice(["mean", "cls"]), help="What one vector an image is.  [default: the method's]"
+)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def export(checkpoint: str, output: str, format: str, debug: bool, **options: Any) -> None:
+    """Write the encoder in the file CHECKPOINT for another library, and print the line that loads it there.
+
+    \b
+    python -m data2vec_vision export student_99.pt --format timm --output exported
+    python -m data2vec_vision export student_99.pt --format onnx --output encoder.onnx
+    """
+    from data2vec_vision.export import export
+
+    export(checkpoint, output, format, **options)
+
+
+@cli.command()
 @click.argument("directory")
 def sample(directory: str) -> None:
     """Write 2,000 small images in ten class folders to DIRECTORY, to try things on."""
@@ -226,7 +258,7 @@ def main(arguments: list[str] | None = None) -> int:
         return ended("interrupted", 130)
     except Exception as error:
         text = " ".join(str(error).split())[:300]
-        hint = "; --debug shows where" if arguments[:1] in (["train"], ["extract"]) else ""
+        hint = "; --debug shows where" if arguments[:1] in (["train"], ["extract"], ["export"]) else ""
         return debugged(arguments) or ended(f"{type(error).__name__}: {text}{hint}", 1)
 
 

@@ -50,6 +50,8 @@ JOBS = [
     "online",
     "train",
     "dry_run",
+    "huggingface",
+    "formats",
     "export",
     "scan",
     "demo",
