@@ -6,7 +6,19 @@ from pathlib import Path
 import data2vec_vision
 
 PACKAGE = Path(data2vec_vision.__file__).parent
-GROUND = ["errors", "distributed", "seeding", "patches", "masking", "schedules", "ema", "prototypes", "targets", "monitor"]
+GROUND = [
+    "errors",
+    "distributed",
+    "seeding",
+    "patches",
+    "masking",
+    "schedules",
+    "ema",
+    "prototypes",
+    "targets",
+    "monitor",
+]
+GROUND += ["duplicates"]
 MODELS_AND_DATA = [
     "config",
     "knobs",
@@ -15,6 +27,7 @@ MODELS_AND_DATA = [
     "vit",
     "decoder",
     "sources",
+    "survey",
     "data",
     "checkpoint",
     "pictures",
@@ -23,7 +36,7 @@ METHOD_NAMES = ["data2vec", "data2vec2", "ijepa", "mae", "msn", "swav"]
 SAMPLES = ["samples", "samples.make"]
 METHODS = ["methods.base", *(f"methods.{name}" for name in METHOD_NAMES), "methods"]
 JOBS = ["run", "labels", "extract", "probes", "evaluate", "plan", "figures", "messages", "loggers", "report", "train"]
-JOBS += ["dry_run", "export", "scan", "demo", "__main__"]
+JOBS += ["dry_run", "export", "findings", "scan", "demo", "__main__"]
 ORDER = GROUND + MODELS_AND_DATA + SAMPLES + METHODS + JOBS
 
 

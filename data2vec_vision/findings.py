@@ -1,0 +1,267 @@
+"""What a scan found: which images to keep, what settings they suggest, a table for people and JSON for programs."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data2vec_vision.run import BAD_SHARE, command, duration, plural, size
+from data2vec_vision.sources import ImageFolder
+from data2vec_vision.survey import Survey
+from data2vec_vision.transforms import IMAGENET_MEAN, IMAGENET_STD
+
+EXAMPLES = 3  # of each kind in the table; JSON has all
+LONGEST_NAME = 60  # characters of a name in the table
+
+# Bytes that training keeps for one image, one block, one patch and one channel, in fp32: 34 in half precision
+# (Korthikanti et al. 2022, section 4.1, without the attention matrix, which is not stored).
+ACTIVATIONS = 68
+
+
+@dataclass
+class Findings:
+    """A scan of the images of `source`. Indices are those of `source`."""
+
+    source: ImageFolder
+    input_path: str
+    survey: Survey
+    copies: list[np.ndarray]  # groups of images whose files are equal
+    alike: list[tuple[int, np.ndarray, np.ndarray]]  # the first of a group, the others, and their differing bits
+    seconds: float  # of the clock, to look at all images
+    workers: int
+
+    @property
+    def blank(self) -> np.ndarray:
+        return np.flatnonzero(self.survey.records["blank"])
+
+    @property
+    def sides(self) -> tuple[np.ndarray, np.ndarray]:
+        """Width and height of the readable images."""
+        records = self.survey.records[self.survey.readable]
+        return records["width"].astype(np.int64), records["height"].astype(np.int64)
+
+    @property
+    def short_side(self) -> int:
+        return int(np.median(np.minimum(*self.sides)))
+
+    def kept(self, keep_duplicates: bool = False, drop_alike: bool = False) -> np.ndarray:
+        """The indices of a clean list: what can be read, of equal files the first, of images alike all or the first."""
+        keep = self.survey.records["width"] > 0
+        if not keep_duplicates:
+            for group in self.copies:
+                keep[group[1:]] = False
+        if drop_alike:
+            for _, others, _ in self.alike:
+                keep[others] = False
+        return np.flatnonzero(keep)
+
+
+def suggest(short_side: int, n_images: int, device: str, memory: int) -> tuple[dict[str, int], dict[str, str]]:
+    """Options of `train` for images of this kind, and the reasons for some.
+
+    short_side: the median, in pixels. device: its kind, "cpu" or an accelerator's. memory: its bytes.
+    The image size is the short side or 224, on a CPU 96, whichever is less, in whole patches; small images have
+    small patches, so that there are at least 6 x 6 from 24 px on. On a CPU, and for images below 96 px, the model is
+    small. The batch is a power of two: at most 256, on a CPU, which gains nothing from more, 64; it leaves 16 steps an
+    epoch, and its activations take a quarter of the memory, because teacher, weights and further views want room too;
+    but it is at least 16.
+    """
+    largest, why = (96, "a CPU takes weeks for 224 px") if device == "cpu" else (224, "what most encoders take")
+    if short_side < largest:
+        largest, why = short_side, f"the median short side is {short_side} px"
+    patch = next((p for p in (16, 8) if largest >= 6 * p), 4)
+    side = max(2 * patch, largest // patch * patch)
+    width, depth = (192, 6) if device == "cpu" or side < 96 else (384, 12)
+    an_image = ACTIVATIONS * (side // patch) ** 2 * width * depth
+    bounds = {
+        "on a CPU more gains nothing" if device == "cpu" else "more is seldom needed": 64 if device == "cpu" else 256,
+        f"16 steps an epoch of {n_images:,} images": n_images // 16,
+        f"a quarter of {size(memory)} of memory": memory // 4 // an_image,
+    }
+    bound = min(bounds, key=lambda reason: bounds[reason])
+    batch = max(16, 1 << max(0, bounds[bound].bit_length() - 1))
+    options = {"image-size": side, "patch-size": patch, "hidden-dim": width, "n-encoders": depth, "batch-size": batch}
+    return options, {"image-size": why, "batch-size": bound}
+
+
+def train_command(path: str, options: dict[str, int]) -> str:
+    return command("train", path, *(word for name, value in options.items() for word in (f"--{name}", value)))
+
+
+def table(found: Findings) -> Iterator[tuple[str, str]]:
+    """Titles and lines, the most important first; an empty title goes on with the one before."""
+    survey, source = found.survey, found.source
+    n, readable = len(source), len(survey.readable)
+    yield "Images", f"{n:,} in {found.input_path}, {size(survey.bytes)}"
+    if source.skipped:
+        kinds = ", ".join(f"{suffix or 'no suffix'} {count:,}" for suffix, count in source.skipped.most_common(5))
+        yield "", f"{plural(source.skipped.total(), 'file', 'files')} beside them that are no images: {kinds}"
+    yield from problems(found)
+    yield from sizes(found)
+    yield "Formats", counted(survey.formats, readable)
+    yield "Modes", counted(survey.modes, readable)
+    for trait, count in survey.traits.most_common():
+        yield "", f"{count:,} {trait} ({percent(count / readable)})"
+    mean, std = survey.mean_std()
+    yield "Mean", f"{numbers(mean)}   ImageNet's: {numbers(IMAGENET_MEAN)}"
+    yield "Std", f"{numbers(std)}   ImageNet's: {numbers(IMAGENET_STD)}"
+    yield "", "of red, green and blue in [0, 1]; each image weighs the same"
+    a_core, cores = speed(found), max(1, found.workers)
+    yield "Speed", f"{readable / found.seconds:,.0f} images/s in this scan, which took {duration(found.seconds)}"
+    yield (
+        "",
+        (
+            f"a core reads and decodes {per_second(a_core)} images/s, so {plural(cores, 'core', 'cores')} can feed training "
+            f"at most {per_second(a_core * cores)} images/s, less for its augmentation"
+        ),
+    )
+
+
+def problems(found: Findings) -> Iterator[tuple[str, str]]:
+    """What a clean list leaves out or a person should look at."""
+    bad, n, name = found.survey.bad, len(found.source), lambda index: shown(found.source.name(index))
+    yield "Unreadable", f"{len(bad):,} ({percent(len(bad) / n)})" if bad else "none"
+    for index in sorted(bad)[:EXAMPLES]:
+        yield "", f"{name(index)}: {bad[index]}"
+    if more := len(bad) - EXAMPLES:
+        yield from [("", f"... and {more:,} more")] if more > 0 else []
+    more_files = sum(len(group) - 1 for group in found.copies)
+    groups = f" of {plural(len(found.copies), 'file', 'files')}" if found.copies else ""
+    yield "Duplicates", f"{plural(more_files, 'exact copy', 'exact copies')}{groups}" if more_files else "none"
+    for group in found.copies[:EXAMPLES]:
+        yield "", " = ".join(map(name, group[:2])) + (f" = {len(group) - 2:,} more" if len(group) > 2 else "")
+    others = sum(len(members) for _, members, _ in found.alike)
+    groups = f" of {plural(len(found.alike), 'other', 'others')}" if found.alike else ""
+    yield "Look alike", f"{plural(others, 'near duplicate', 'near duplicates')}{groups}" if others else "none"
+    for first, members, _ in found.alike[:EXAMPLES]:
+        more_text = f" ~ {len(members) - 1:,} more" if len(members) > 1 else ""
+        yield "", f"{name(first)} ~ {name(members[0])}{more_text}"
+    if len(found.blank):
+        examples = ", ".join(map(name, found.blank[:2])) + (" ..." if len(found.blank) > 2 else "")
+        yield "Blank", f"{plural(len(found.blank), 'image', 'images')} of a single colour: {examples}"
+
+
+def sizes(found: Findings) -> Iterator[tuple[str, str]]:
+    facts = size_facts(found)
+    if facts["smallest"] == facts["largest"]:
+        yield "Sizes", f"all {pixels(facts['median'])}"
+        return
+    yield (
+        "Sizes",
+        (
+            f"median {pixels(facts['median'])}, from {pixels(facts['smallest'])} to {pixels(facts['largest'])}; "
+            f"most often {pixels(facts['most_frequent'])} ({percent(facts['most_frequent_share'])})"
+        ),
+    )
+    parts = ", ".join(f"{name} {percent(facts[name])}" for name in ("landscape", "portrait", "square"))
+    yield "", f"{parts}; short side {found.short_side:,} px in the median"
+
+
+def size_facts(found: Findings) -> dict[str, Any]:
+    """Sizes as [width, height] in pixels, the smallest and largest by area, and shares of shapes in [0, 1]."""
+    width, height = found.sides
+    area = width * height
+    kinds, counts = np.unique(width << 32 | height, return_counts=True)
+    frequent = int(kinds[counts.argmax()])
+    return {
+        "median": [int(np.median(width)), int(np.median(height))],
+        "smallest": [int(side[area.argmin()]) for side in (width, height)],
+        "largest": [int(side[area.argmax()]) for side in (width, height)],
+        "most_frequent": [frequent >> 32, frequent & 0xFFFFFFFF],
+        "most_frequent_share": float(counts.max() / len(width)),
+        "landscape": float((width > height).mean()),
+        "portrait": float((width < height).mean()),
+        "square": float((width == height).mean()),
+        "median_short_side": found.short_side,
+    }
+
+
+def speed(found: Findings) -> float:
+    """Images that one process reads and decodes in a second."""
+    return len(found.survey.readable) / max(found.survey.seconds, 1e-9)
+
+
+def to_json(found: Findings, options: dict[str, int], train: str) -> dict[str, Any]:
+    """Everything that was found, with all names, relative to the folder as the source has them."""
+    survey, name = found.survey, found.source.name
+    mean, std = survey.mean_std()
+    return {
+        "input": found.input_path,
+        "images": len(found.source),
+        "readable": len(survey.readable),
+        "bytes": survey.bytes,
+        "skipped": dict(found.source.skipped.most_common()),
+        "unreadable": [{"path": name(index), "reason": survey.bad[index]} for index in sorted(survey.bad)],
+        "duplicates": [[name(index) for index in group] for group in found.copies],
+        "near_duplicates": [
+            {
+                "first": name(first),
+                "others": [{"path": name(i), "differing_bits": int(bits)} for i, bits in zip(others, bits_of)],
+            }
+            for first, others, bits_of in found.alike
+        ],
+        "blank": [name(index) for index in found.blank],
+        "sizes": size_facts(found),
+        "formats": dict(survey.formats.most_common()),
+        "modes": dict(survey.modes.most_common()),
+        "traits": dict(survey.traits.most_common()),
+        "mean": [round(float(value), 6) for value in mean],
+        "std": [round(float(value), 6) for value in std],
+        "speed": {
+            "seconds": round(found.seconds, 3),
+            "workers": found.workers,
+            "images_per_second": round(len(survey.readable) / found.seconds, 1),
+            "decoded_per_second_and_core": round(speed(found), 1),
+        },
+        "suggested": options,
+        "train": train,
+    }
+
+
+def advice(found: Findings, listed: str | None) -> Iterator[tuple[str, str]]:
+    """What to do about files that cannot be read or come twice, when no clean list was written."""
+    bad, copies = len(found.survey.bad), sum(len(group) - 1 for group in found.copies)
+    if listed is not None or not bad + copies:
+        return
+    what = " and ".join(f"{count:,} {word}" for count, word in ((bad, "unreadable"), (copies, "copies")) if count)
+    yield "Clean", f"{command('scan', found.input_path, '--write-list', 'clean.txt')}   # leaves out {what}"
+    if bad > BAD_SHARE * len(found.source):
+        yield "", f"then train on clean.txt: `train` ends when more than {BAD_SHARE:.0%} of the images cannot be read"
+
+
+def shown(name: str) -> str:
+    """A name as a terminal can show it: what is not printable is escaped, of a long one the end is kept."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+    return text if len(text) <= LONGEST_NAME else "..." + text[3 - LONGEST_NAME :]
+
+
+def counted(counts: Counter[str], total: int) -> str:
+    """The kinds with their numbers, or the only kind."""
+    return (
+        ", ".join(f"{kind} {count:,}" for kind, count in counts.most_common())
+        if len(counts) > 1
+        else f"all {next(iter(counts))}"
+    )
+
+
+def percent(part: float) -> str:
+    """A share in [0, 1] in per cent, never 0 % of something."""
+    if 0 < part < 0.001:
+        return "less than 0.1 %"
+    return f"{100 * part:.1f} %" if 0 < part < 0.1 else f"{100 * part:.0f} %"
+
+
+def pixels(sides: list[int]) -> str:
+    return f"{sides[0]} x {sides[1]}"
+
+
+def numbers(values: Any) -> str:
+    return " ".join(f"{value:.3f}" for value in values)
+
+
+def per_second(rate: float) -> str:
+    """Two digits are all that a rate is good for."""
+    digits = 10 ** max(0, len(str(int(rate))) - 2)
+    return f"{int(rate) // digits * digits:,}"
