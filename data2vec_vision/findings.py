@@ -12,8 +12,9 @@ from data2vec_vision.sources import ImageFolder
 from data2vec_vision.survey import Survey
 from data2vec_vision.transforms import IMAGENET_MEAN, IMAGENET_STD
 
+CLEAN = "clean.txt"  # the list in examples of commands
 EXAMPLES = 3  # of each kind in the table; JSON has all
-LONGEST_NAME = 60  # characters of a name in the table
+LONGEST = 60  # characters of a name or a reason in the table
 
 # Bytes that training keeps for one image, one block, one patch and one channel, in fp32: 34 in half precision
 # (Korthikanti et al. 2022, section 4.1, without the attention matrix, which is not stored).
@@ -35,6 +36,21 @@ class Findings:
     @property
     def blank(self) -> np.ndarray:
         return np.flatnonzero(self.survey.records["blank"])
+
+    @property
+    def near_duplicates(self) -> int:
+        """How many images look like the first of their group."""
+        return sum(len(others) for _, others, _ in self.alike)
+
+    @property
+    def exact_copies(self) -> int:
+        """How many files equal the first of their group."""
+        return sum(len(group) - 1 for group in self.copies)
+
+    @property
+    def needs_a_list(self) -> bool:
+        """Whether so many images cannot be read that `train` would end on the folder as it is."""
+        return len(self.survey.bad) > BAD_SHARE * len(self.source)
 
     @property
     def sides(self) -> tuple[np.ndarray, np.ndarray]:
@@ -68,7 +84,7 @@ def suggest(short_side: int, n_images: int, device: str, memory: int) -> tuple[d
     epoch, and its activations take a quarter of the memory, because teacher, weights and further views want room too;
     but it is at least 16.
     """
-    largest, why = (96, "a CPU takes weeks for 224 px") if device == "cpu" else (224, "what most encoders take")
+    largest, why = (96, "more takes a GPU") if device == "cpu" else (224, "what most encoders take")
     if short_side < largest:
         largest, why = short_side, f"the median short side is {short_side} px"
     patch = next((p for p in (16, 8) if largest >= 6 * p), 4)
@@ -81,7 +97,9 @@ def suggest(short_side: int, n_images: int, device: str, memory: int) -> tuple[d
         f"a quarter of {size(memory)} of memory": memory // 4 // an_image,
     }
     bound = min(bounds, key=lambda reason: bounds[reason])
-    batch = max(16, 1 << max(0, bounds[bound].bit_length() - 1))
+    batch = 1 << max(0, bounds[bound].bit_length() - 1)
+    if batch < 16:
+        batch, bound = 16, f"the least that is of use, for {plural(n_images, 'image', 'images')}"
     options = {"image-size": side, "patch-size": patch, "hidden-dim": width, "n-encoders": depth, "batch-size": batch}
     return options, {"image-size": why, "batch-size": bound}
 
@@ -100,8 +118,8 @@ def table(found: Findings) -> Iterator[tuple[str, str]]:
         yield "", f"{plural(source.skipped.total(), 'file', 'files')} beside them that are no images: {kinds}"
     yield from problems(found)
     yield from sizes(found)
-    yield "Formats", counted(survey.formats, readable)
-    yield "Modes", counted(survey.modes, readable)
+    yield "Formats", counted(survey.formats)
+    yield "Modes", counted(survey.modes)
     for trait, count in survey.traits.most_common():
         yield "", f"{count:,} {trait} ({percent(count / readable)})"
     mean, std = survey.mean_std()
@@ -109,14 +127,10 @@ def table(found: Findings) -> Iterator[tuple[str, str]]:
     yield "Std", f"{numbers(std)}   ImageNet's: {numbers(IMAGENET_STD)}"
     yield "", "of red, green and blue in [0, 1]; each image weighs the same"
     a_core, cores = speed(found), max(1, found.workers)
-    yield "Speed", f"{readable / found.seconds:,.0f} images/s in this scan, which took {duration(found.seconds)}"
-    yield (
-        "",
-        (
-            f"a core reads and decodes {per_second(a_core)} images/s, so {plural(cores, 'core', 'cores')} can feed training "
-            f"at most {per_second(a_core * cores)} images/s, less for its augmentation"
-        ),
-    )
+    took = duration(found.seconds) if found.seconds >= 10 else f"{found.seconds:.1f} s"
+    yield "Speed", f"{readable / found.seconds:,.0f} images/s in this scan, which took {took}"
+    most = f"training with {plural(cores, 'core', 'cores')} gets at most {per_second(a_core * cores)}"
+    yield "", f"a core reads and decodes {per_second(a_core)} images/s: {most}, less for augmentation"
 
 
 def problems(found: Findings) -> Iterator[tuple[str, str]]:
@@ -124,17 +138,17 @@ def problems(found: Findings) -> Iterator[tuple[str, str]]:
     bad, n, name = found.survey.bad, len(found.source), lambda index: shown(found.source.name(index))
     yield "Unreadable", f"{len(bad):,} ({percent(len(bad) / n)})" if bad else "none"
     for index in sorted(bad)[:EXAMPLES]:
-        yield "", f"{name(index)}: {bad[index]}"
-    if more := len(bad) - EXAMPLES:
-        yield from [("", f"... and {more:,} more")] if more > 0 else []
-    more_files = sum(len(group) - 1 for group in found.copies)
+        yield "", f"{name(index)}: {shown(bad[index])}"
+    if len(bad) > EXAMPLES:
+        yield "", f"... and {len(bad) - EXAMPLES:,} more; --json FILE lists all"
+    count = found.exact_copies
     groups = f" of {plural(len(found.copies), 'file', 'files')}" if found.copies else ""
-    yield "Duplicates", f"{plural(more_files, 'exact copy', 'exact copies')}{groups}" if more_files else "none"
+    yield "Duplicates", f"{plural(count, 'exact copy', 'exact copies')}{groups}" if count else "none"
     for group in found.copies[:EXAMPLES]:
         yield "", " = ".join(map(name, group[:2])) + (f" = {len(group) - 2:,} more" if len(group) > 2 else "")
-    others = sum(len(members) for _, members, _ in found.alike)
+    count = found.near_duplicates
     groups = f" of {plural(len(found.alike), 'other', 'others')}" if found.alike else ""
-    yield "Look alike", f"{plural(others, 'near duplicate', 'near duplicates')}{groups}" if others else "none"
+    yield "Look alike", f"{plural(count, 'near duplicate', 'near duplicates')}{groups}" if count else "none"
     for first, members, _ in found.alike[:EXAMPLES]:
         more_text = f" ~ {len(members) - 1:,} more" if len(members) > 1 else ""
         yield "", f"{name(first)} ~ {name(members[0])}{more_text}"
@@ -222,28 +236,25 @@ def to_json(found: Findings, options: dict[str, int], train: str) -> dict[str, A
 
 def advice(found: Findings, listed: str | None) -> Iterator[tuple[str, str]]:
     """What to do about files that cannot be read or come twice, when no clean list was written."""
-    bad, copies = len(found.survey.bad), sum(len(group) - 1 for group in found.copies)
+    bad, copies = len(found.survey.bad), found.exact_copies
     if listed is not None or not bad + copies:
         return
     what = " and ".join(f"{count:,} {word}" for count, word in ((bad, "unreadable"), (copies, "copies")) if count)
-    yield "Clean", f"{command('scan', found.input_path, '--write-list', 'clean.txt')}   # leaves out {what}"
-    if bad > BAD_SHARE * len(found.source):
-        yield "", f"then train on clean.txt: `train` ends when more than {BAD_SHARE:.0%} of the images cannot be read"
+    yield "To clean", f"{command('scan', found.input_path, '--write-list', CLEAN)}   # leaves out {what}"
 
 
 def shown(name: str) -> str:
-    """A name as a terminal can show it: what is not printable is escaped, of a long one the end is kept."""
+    """A name as a terminal can show it: what is not printable is escaped, of a long one both ends are kept."""
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
-    return text if len(text) <= LONGEST_NAME else "..." + text[3 - LONGEST_NAME :]
+    half = (LONGEST - 3) // 2
+    return text if len(text) <= LONGEST else f"{text[:half]}...{text[-half:]}"
 
 
-def counted(counts: Counter[str], total: int) -> str:
+def counted(counts: Counter[str]) -> str:
     """The kinds with their numbers, or the only kind."""
-    return (
-        ", ".join(f"{kind} {count:,}" for kind, count in counts.most_common())
-        if len(counts) > 1
-        else f"all {next(iter(counts))}"
-    )
+    if len(counts) == 1:
+        return f"all {next(iter(counts))}"
+    return ", ".join(f"{kind} {count:,}" for kind, count in counts.most_common())
 
 
 def percent(part: float) -> str:

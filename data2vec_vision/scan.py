@@ -4,7 +4,7 @@ import json as json_format
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from data2vec_vision.data import leave_signals_to_parent
 from data2vec_vision.device import cores, device_memory, find_device
 from data2vec_vision.duplicates import alike_groups, equal_groups
 from data2vec_vision.errors import InputError, RunFailed, Stopped, one_line
-from data2vec_vision.findings import Findings, advice, shown, suggest, table, to_json, train_command
+from data2vec_vision.findings import CLEAN, Findings, advice, shown, suggest, table, to_json, train_command
 from data2vec_vision.pictures import Tile, grid
 from data2vec_vision.run import caught_signals, plural, say
 from data2vec_vision.sources import LIST_SUFFIXES, ImageFolder, open_source, read_image
@@ -54,7 +54,7 @@ def scan(
     found = look_at_all(source, input_path, cores() if workers is None else workers)
     device = find_device(None)
     options, reasons = suggest(found.short_side, len(found.survey.readable), device.type, device_memory(device))
-    train = train_command(write_list or input_path, options)
+    train = train_command(write_list or (CLEAN if found.needs_a_list else input_path), options)
     print_rows(table(found))
     try:
         if json is not None:
@@ -66,10 +66,11 @@ def scan(
         if picture is not None:
             draw(found, picture)
     except OSError as error:
-        raise RunFailed(f"cannot write {error.filename or 'the output'}: {one_line(error)}; make room there") from error
-    print_rows(advice(found, write_list))
+        raise RunFailed(f"cannot write the output: {one_line(error)}; make room or choose another place") from error
     say_row("Suggested", "; ".join(f"--{name} {options[name]}: {reason}" for name, reason in reasons.items()))
-    say(f"\nNext: {train}")
+    say("")
+    print_rows(advice(found, write_list))
+    say_row("To train", train)
     return found
 
 
@@ -105,7 +106,7 @@ def look_at_all(source: ImageFolder, input_path: str, workers: int) -> Findings:
         chunks, batch_size=None, num_workers=workers, collate_fn=as_it_is, worker_init_fn=leave_signals_to_parent
     )
     survey, start = Survey.of(len(source)), time.perf_counter()
-    with caught_signals() as signals, progress(len(source)) as bar:
+    with caught_signals() as signals, progress(len(source), "looking") as bar:
         try:
             for part in loader:
                 survey.add(part)
@@ -131,8 +132,9 @@ def as_it_is(part: Any) -> Any:
     return part
 
 
-def progress(total: int) -> tqdm:
-    return tqdm(total=total, unit="image", dynamic_ncols=True, disable=not sys.stderr.isatty())
+def progress(total: int, what: str, steps: Iterable[int] | None = None) -> tqdm:
+    """A bar on a terminal, nothing elsewhere."""
+    return tqdm(steps, what, total, unit="image", dynamic_ncols=True, leave=False, disable=not sys.stderr.isatty())
 
 
 def equal_among(indices: np.ndarray, contents: np.ndarray) -> list[np.ndarray]:
@@ -146,7 +148,8 @@ def alike_images(survey: Survey, copies: list[np.ndarray]) -> list[tuple[int, np
         compared[group[1:]] = False
     indices = np.flatnonzero(compared)
     looks = np.ascontiguousarray(survey.records["look"][indices])
-    return [(int(indices[first]), indices[others], bits) for first, others, bits in alike_groups(looks)]
+    groups = alike_groups(looks, lambda steps: progress(len(steps), "comparing", steps))
+    return [(int(indices[first]), indices[others], bits) for first, others, bits in groups]
 
 
 class ListLines:
@@ -175,18 +178,19 @@ def write_clean_list(
     with atomic_write(path) as file:
         for index in kept:
             file.write((lines[index] + "\n").encode("utf-8", "surrogateescape"))
-    say_row("Wrote", f"{path}: {len(kept):,} of {len(found.source):,} images, {left_out(found, len(kept))}")
-    others = sum(len(members) for _, members, _ in found.alike)
-    if others and not drop_near_duplicates:
-        say_row("", f"the {others:,} near duplicates are in it; --drop-near-duplicates leaves them out")
+    without = left_out(found, len(kept), drop_near_duplicates)
+    say_row("Wrote", f"{path}: {len(kept):,} of {len(found.source):,} images, {without}")
+    if found.near_duplicates and not drop_near_duplicates:
+        say_row("", f"the {found.near_duplicates:,} near duplicates are in it; --drop-near-duplicates leaves them out")
 
 
-def left_out(found: Findings, kept: int) -> str:
+def left_out(found: Findings, kept: int, drop_near_duplicates: bool) -> str:
     bad, total = len(found.survey.bad), len(found.source)
     if kept == total:
         return "all of them"
-    parts = {"that cannot be read": bad, "that are copies or look like another": total - kept - bad}
-    return "without " + " and ".join(f"{count:,} {what}" for what, count in parts.items() if count)
+    alike = found.near_duplicates if drop_near_duplicates else 0
+    parts = {"unreadable": bad, "exact copies": total - kept - bad - alike, "near duplicates": alike}
+    return "without " + ", ".join(f"{count:,} {what}" for what, count in parts.items() if count)
 
 
 def draw(found: Findings, path: str) -> None:
