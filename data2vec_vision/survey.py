@@ -20,7 +20,8 @@ from data2vec_vision.duplicates import BANDS, look
 from data2vec_vision.sources import ImageFolder, as_seen, opened, why_unreadable
 
 CHUNK = 16  # images that a worker looks at before it answers
-ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
+ORIENTATION = 0x0112  # EXIF's tag: 1 is upright, 2 to 8 are turned or mirrored
+GREY_MODES = {"1", "L", "LA", "La", "I", "F"}
 RECORD = np.dtype(
     [
         ("width", "u4"),  # pixels, upright; 0 for an image that cannot be read
@@ -41,7 +42,7 @@ class Survey:
     bad: dict[int, str] = field(default_factory=dict)  # why images cannot be read, by index
     formats: Counter[str] = field(default_factory=Counter)  # JPEG, PNG ...
     modes: Counter[str] = field(default_factory=Counter)  # Pillow's, as stored: RGB, L, P, CMYK, I;16 ...
-    traits: Counter[str] = field(default_factory=Counter)  # what may surprise, in the words of TRAITS
+    traits: Counter[str] = field(default_factory=Counter)  # what may surprise, in the words below
     moments: np.ndarray = field(default_factory=lambda: np.zeros((2, 3)))  # sums of each image's means of x and x^2
     bytes: int = 0  # of the files that can be read
     seconds: float = 0.0  # spent in reading and decoding, over all workers
@@ -73,10 +74,9 @@ class Survey:
 
 GREY_IN_COLOUR = "grey, stored in colour"
 TURNED = "turned by EXIF"
-TRANSPARENT = "transparent, laid over white"
+TRANSPARENT = "with transparency, laid over white"
 DEEP = "more than 8 bits a channel, reduced to 8"
 ANIMATED = "several frames, the first is taken"
-TRAITS = (GREY_IN_COLOUR, TURNED, TRANSPARENT, DEEP, ANIMATED)
 
 
 class Chunks(Dataset):
@@ -111,7 +111,8 @@ def examine(source: ImageFolder, index: int, survey: Survey, row: int) -> None:
     start = time.perf_counter()
     with source.open(index) as file:
         image = opened(file)
-        stored, turned, deep = image.mode, image.getexif().get(ORIENTATION, 1) not in (0, 1), has_deep_channels(image)
+        stored, deep = image.mode, has_deep_channels(image)
+        turned = image.getexif().get(ORIENTATION) in range(2, 9)  # of a PNG this decodes the image
         seen = as_seen(image)
         survey.seconds += time.perf_counter() - start
         traits = {TURNED: turned, DEEP: deep, TRANSPARENT: image.has_transparency_data, ANIMATED: is_animated(image)}
@@ -119,9 +120,7 @@ def examine(source: ImageFolder, index: int, survey: Survey, row: int) -> None:
     # Of 256 brightnesses in each channel, how many pixels have each; far quicker than sums over the pixels.
     counts = np.array(seen.histogram(), np.float64).reshape(3, 256) / (seen.width * seen.height)
     levels = np.arange(256) / 255
-    traits[GREY_IN_COLOUR] = (
-        stored not in ("1", "L", "LA", "La", "I", "F") and "I;" not in stored and is_grey(seen, counts)
-    )
+    traits[GREY_IN_COLOUR] = stored.split(";")[0] not in GREY_MODES and is_grey(seen, counts)
     blank = bool((counts.max(axis=1) == 1).all())
     survey.records[row] = (seen.width, seen.height, content, look(seen), blank)
     survey.moments += counts @ levels, counts @ levels**2
