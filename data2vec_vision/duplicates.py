@@ -62,8 +62,10 @@ def alike_groups(
     one that looks like no first of a group so far is a first itself. So no two firsts look alike, and each other
     image looks like the first of its group, which a chain of ever so slightly different images could not promise.
     Found exactly: MOST_BITS differing bits leave one of BANDS > MOST_BITS bands equal, so only images with an
-    equal band are compared.
+    equal band are compared; and those with so few set bits that they look like none, blank ones first of all, not.
     """
+    able = np.flatnonzero(_ONES[looks].sum(axis=1, dtype=np.int64) >= RARITY - 1)
+    looks = looks[able]
     buckets = [Buckets(looks[:, band]) for band in range(BANDS)]
     taken = np.zeros(len(looks), bool)
     for first in watched(range(len(looks))):
@@ -74,7 +76,7 @@ def alike_groups(
         others = np.unique(near[look_alike(looks[first], looks[near])])
         if len(others):
             taken[others] = True
-            yield first, others, differing_bits(looks[first], looks[others])
+            yield int(able[first]), able[others], differing_bits(looks[first], looks[others])
 
 
 class Buckets:

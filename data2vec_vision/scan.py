@@ -142,8 +142,8 @@ def equal_among(indices: np.ndarray, contents: np.ndarray) -> list[np.ndarray]:
 
 
 def alike_images(survey: Survey, copies: list[np.ndarray]) -> list[tuple[int, np.ndarray, np.ndarray]]:
-    """Groups of images that look alike, without blank images and those that are copies of another."""
-    compared = ~survey.records["blank"] & (survey.records["width"] > 0)
+    """Groups of images that look alike, without those that are copies of another."""
+    compared = survey.records["width"] > 0
     for group in copies:
         compared[group[1:]] = False
     indices = np.flatnonzero(compared)

@@ -56,10 +56,22 @@ def test_a_chain_of_small_changes_is_not_one_group():
     assert all((away <= MOST_BITS).all() for _, _, away in groups) and [first for first, _, _ in groups][:2] == [0, 2]
 
 
-def test_images_without_structure_are_like_none():
+def test_images_without_structure_are_like_none_and_cost_nothing():
     bits = np.zeros((10, 128), bool)
-    bits[:, 5] = True
-    assert list(alike_groups(looks_of(bits))) == []
+    bits[:, :6] = True
+    watched = []
+    assert list(alike_groups(looks_of(bits), lambda steps: watched.extend(steps) or steps)) == [] == watched
+    assert differing_bits(*looks_of(bits)[[0, 1]][:, None])[0] == 0
+
+
+def test_a_plain_margin_does_not_make_bands_equal():
+    """Each band must tell images apart, or all of a folder of cut-out objects were compared with all."""
+    looks = []
+    for seed in range(300):
+        page = Image.new("RGB", (240, 240), "white")
+        page.paste(photo(seed, 120, 120), (60, 60))
+        looks.append(look(page))
+    assert all(len(np.unique(band)) > 12 for band in np.stack(looks).T)
 
 
 def test_progress_is_shown_over_all_images():

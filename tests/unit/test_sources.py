@@ -191,6 +191,12 @@ def test_a_list_has_its_images_in_sorted_order_relative_to_its_folder_or_absolut
     assert names(listed(tmp_path, "\n".join(sorted(lines)) + "\n", "again.LIST")) == names(source)
 
 
+def test_lines_are_relative_to_the_list_wherever_the_command_runs(tmp_path):
+    touch(tmp_path, "here/a.png")
+    source = listed(tmp_path, "a.png\n", "here/list.txt")
+    assert isinstance(read_image(source, 0), Image.Image) and source.root == str(tmp_path / "here")
+
+
 def test_lines_of_other_editors_and_of_find(tmp_path):
     touch(tmp_path, "a.png", "b b.png", "c.png")
     source = listed(tmp_path, b"\xef\xbb\xbf./b b.png\r\n\r\n./a.png\r\nc.png")
