@@ -1,7 +1,7 @@
 """What a scan found: which images to keep, what settings they suggest, a table for people and JSON for programs."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -234,13 +234,14 @@ def to_json(found: Findings, options: dict[str, int], train: str) -> dict[str, A
     }
 
 
-def advice(found: Findings, listed: str | None) -> Iterator[tuple[str, str]]:
-    """What to do about files that cannot be read or come twice, when no clean list was written."""
-    bad, copies = len(found.survey.bad), found.exact_copies
-    if listed is not None or not bad + copies:
-        return
-    what = " and ".join(f"{count:,} {word}" for count, word in ((bad, "unreadable"), (copies, "copies")) if count)
-    yield "To clean", f"{command('scan', found.input_path, '--write-list', CLEAN)}   # leaves out {what}"
+def advice(found: Findings, written: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """What to do next about what was found, but for the outputs, by option, that were `written` already."""
+    left_out = (len(found.survey.bad), "unreadable"), (found.exact_copies, "copies")
+    if found.near_duplicates and "--picture" not in written:
+        yield "To judge", f"{command('scan', found.input_path, '--picture', 'alike.png')}   # what looks alike"
+    if any(count for count, _ in left_out) and "--write-list" not in written:
+        what = " and ".join(f"{count:,} {word}" for count, word in left_out if count)
+        yield "To clean", f"{command('scan', found.input_path, '--write-list', CLEAN)}   # leaves out {what}"
 
 
 def shown(name: str) -> str:

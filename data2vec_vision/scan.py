@@ -46,7 +46,8 @@ def scan(
     """
     check_options(write_list, keep_duplicates, drop_near_duplicates)
     outputs = {"--json": json, "--write-list": write_list, "--picture": picture}
-    check_outputs({option: path for option, path in outputs.items() if path is not None})
+    outputs = {option: path for option, path in outputs.items() if path is not None}
+    check_outputs(outputs)
     source = open_source(input_path)
     if picture is not None and source.would_take_in(picture):
         raise InputError(f"--picture {picture} would become one of the images; write it outside {input_path}")
@@ -69,7 +70,7 @@ def scan(
         raise RunFailed(f"cannot write the output: {one_line(error)}; make room or choose another place") from error
     say_row("Suggested", "; ".join(f"--{name} {options[name]}: {reason}" for name, reason in reasons.items()))
     say("")
-    print_rows(advice(found, write_list))
+    print_rows(advice(found, outputs))
     say_row("To train", train)
     return found
 
@@ -84,7 +85,7 @@ def check_options(write_list: str | None, keep_duplicates: bool, drop_near_dupli
 
 
 def check_outputs(outputs: dict[str, str]) -> None:
-    """Raises InputError unless each file, by its option, can be written and is another one."""
+    """Raises InputError unless each file, by its option, can be written."""
     for option, path in outputs.items():
         suffixes = {"--write-list": LIST_SUFFIXES, "--picture": (".png",)}.get(option, (".json",))
         target = Path(path)

@@ -44,6 +44,7 @@ def test_the_table_says_what_is_there_and_ends_with_the_command_to_train(cli, mi
     assert rows["Formats"] == "JPEG 19, PNG 9" and rows["Modes"] == "all RGB"
     assert "ImageNet's: 0.485 0.456 0.406" in rows["Mean"] and "to 200 x 200" in rows["Sizes"]
     assert "leaves out 3 unreadable and 1 copies" in rows["To clean"]
+    assert f"scan {mixed} --picture alike.png" in rows["To judge"]
     assert out.splitlines()[-1].startswith("To train    python -m data2vec_vision train ")
     assert rows["To train"].endswith("--image-size 20 --patch-size 4 --hidden-dim 192 --n-encoders 6 --batch-size 16")
     assert "--image-size 20: the median short side is 20 px" in rows["Suggested"]
@@ -141,7 +142,7 @@ def test_when_training_would_end_on_the_folder_the_command_is_for_a_clean_list(c
 
 def test_the_picture_has_a_pair_of_each_group(cli, mixed):
     code, out, err = cli("scan", mixed, "--picture", "pairs.png", "--workers", 0)
-    assert code == 0 and "groups of duplicates, a pair of each" in out, err
+    assert code == 0 and "groups of duplicates, a pair of each" in out and "To judge" not in out, err
     page = np.asarray(Image.open("pairs.png"))
     assert page.shape[1] > 400 and (page == scan_module.COPY).all(axis=2).any()
     assert (page == scan_module.ALIKE).all(axis=2).any()
