@@ -77,7 +77,7 @@ def cli() -> None:
 
 @click.pass_context
 def train_command(ctx: click.Context, **values: Any) -> None:
-    """Pretrain on the images below the folder INPUT_PATH, with or without class folders.
+    """Pretrain on the images below the folder INPUT_PATH, or on those that a .txt file INPUT_PATH lists.
 
     \b
     python -m data2vec_vision train photos/
@@ -199,6 +199,27 @@ def export(checkpoint: str, output: str, format: str, debug: bool, **options: An
 
 
 @cli.command()
+@click.argument("input_path")
+@click.option("--json", metavar="FILE", help="Write all that was found, with all names, to this .json file.")
+@click.option("--write-list", metavar="FILE", help="Write the clean list, a .txt file that `train` takes.")
+@click.option("--keep-duplicates", is_flag=True, help="Keep exact copies in the list.")
+@click.option("--drop-near-duplicates", is_flag=True, help="Leave out of the list what looks like another image.")
+@click.option("--picture", metavar="FILE", help="Draw examples of duplicates, to judge them, to this .png file.")
+@click.option("--workers", type=click.IntRange(0), help="Processes that read images.  [default: one a core]")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def scan(input_path: str, debug: bool, **options: Any) -> None:
+    """Look at all images below INPUT_PATH: unreadable ones, duplicates, sizes, speed, and settings to train with.
+
+    \b
+    python -m data2vec_vision scan photos/
+    python -m data2vec_vision scan photos/ --write-list clean.txt --picture duplicates.png
+    """
+    from data2vec_vision.scan import scan
+
+    scan(input_path, **options)
+
+
+@cli.command()
 @click.argument("directory")
 def sample(directory: str) -> None:
     """Write 2,000 small images in ten class folders to DIRECTORY, to try things on."""
@@ -258,8 +279,13 @@ def main(arguments: list[str] | None = None) -> int:
         return ended("interrupted", 130)
     except Exception as error:
         text = " ".join(str(error).split())[:300]
-        hint = "; --debug shows where" if arguments[:1] in (["train"], ["extract"], ["export"]) else ""
+        hint = "; --debug shows where" if arguments and "debug" in options_of(arguments[0]) else ""
         return debugged(arguments) or ended(f"{type(error).__name__}: {text}{hint}", 1)
+
+
+def options_of(command: str) -> set[str]:
+    """The names of the options and arguments of a command, none for a command that there is not."""
+    return {param.name for param in cli.commands[command].params} if command in cli.commands else set()
 
 
 def debugged(arguments: list[str]) -> int:

@@ -310,6 +310,7 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, dict[str, s
     fill(
         "workers", min(8, max(1, facts.cores // facts.processes - 1)) if facts.cores > 1 else 0, f"{facts.cores} cores"
     )
-    name = Path(config.input_path).resolve().name or "images"
+    images = Path(config.input_path).resolve()
+    name = (images.stem if images.is_file() else images.name) or "images"
     fill("checkpoint_out_dir", str(Path("runs") / f"{name}-{Path(config.method).stem}"), "")
     return dataclasses.replace(config, **values), reasons

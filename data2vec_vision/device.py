@@ -87,6 +87,15 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def device_memory(device: torch.device) -> int:
+    """The bytes of memory that the device has; of a device that does not tell, 8 GB are assumed."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 8 * 10**9
+
+
 def set_fused_attention(model: nn.Module, fused: bool) -> None:
     """Whether attention in `model` is torch's fused kernel, or two matrix products and a softmax: the same function."""
     module: Any

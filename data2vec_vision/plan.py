@@ -217,7 +217,7 @@ def refuse_changed_images(source: ImageFolder, content: Mapping[str, Any], confi
 def made_ready(job: Job) -> Job:
     """The job, made ready for its device. Raises InputError for what only shows when everything is known."""
     set_fused_attention(job.method, fused_attention_pays(job.device, job.config.precision))
-    if job.folder.resolve().is_relative_to(job.source.root):
+    if job.source.would_take_in(job.folder):
         raise InputError(
             f"the run would write to {job.folder}, inside the folder of the images; "
             f"give a --checkpoint-out-dir outside {job.config.input_path}"

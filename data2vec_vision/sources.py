@@ -7,16 +7,22 @@ million of them fit in memory once and are not copied when workers start.
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data2vec_vision.errors import InputError, one_line
 
 # Formats that Pillow recognises without being able to decode them by itself, and EPS, a program to be run.
 UNDECODABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+LIST_SUFFIXES = (".txt", ".list")  # of files that list images
+SUFFIXES = 1000  # told apart among files that are no images
+LOOKED_FOR = 100  # the first files of a list: when none of them exists, the list is taken to be wrong
 
 
 def image_suffixes() -> frozenset[str]:
@@ -36,20 +42,30 @@ class ImageFolder:
     """
 
     def __init__(self, root: str | os.PathLike[str]):
-        self.root = os.path.abspath(root)
         check_is_folder(root)
-        names, ends, other = bytearray(), [0], 0
-        suffixes = image_suffixes()
-        for name in _files(self.root, "", set()):
-            if os.path.splitext(name)[1].lower() in suffixes:
-                names += os.fsencode(name)
-                ends.append(len(names))
-            else:
-                other += 1
-        if len(ends) == 1:
+        self.root = os.path.abspath(root)
+        self.skipped: Counter[str] = Counter()  # files that are no images, by their suffix
+        self._hold(os.fsencode(name) for name in self._found())
+        if len(self) == 0:
+            other = self.skipped.total()
             found = f"{other:,} files in it, but none is an image" if other else "it is empty"
             raise InputError(f"no images in {root}: {found}; images are files such as .jpg .png .tif .webp .bmp")
-        self._names = np.frombuffer(bytes(names), np.uint8)
+
+    def _found(self) -> Iterator[str]:
+        suffixes = image_suffixes()
+        for name in _files(self.root, "", set()):
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in suffixes:
+                yield name
+            else:  # where dots do not set suffixes apart, there can be as many as files
+                self.skipped[suffix if suffix in self.skipped or len(self.skipped) < SUFFIXES else "..."] += 1
+
+    def _hold(self, names: Iterable[bytes]) -> None:
+        together, ends = bytearray(), array("q", [0])
+        for name in names:
+            together += name
+            ends.append(len(together))
+        self._names = np.frombuffer(bytes(together), np.uint8)
         self._ends = np.array(ends, np.int64)
 
     def __len__(self) -> int:
@@ -61,11 +77,83 @@ class ImageFolder:
 
     def open(self, index: int) -> BinaryIO:
         """The file of image `index`, opened for reading."""
-        return open(os.path.join(self.root, self.name(index)), "rb")
+        return open(self._path(index), "rb")
+
+    def _path(self, index: int) -> str:
+        return os.path.join(self.root, self.name(index))
 
     def fingerprint(self) -> str:
         """A hash of all names: two sources with the same one hold the same images in the same order."""
         return hashlib.blake2b(self._ends.tobytes() + self._names.tobytes(), digest_size=16).hexdigest()
+
+    def would_take_in(self, path: str | os.PathLike[str]) -> bool:
+        """Whether an image written to `path` would be one of these images the next time."""
+        return Path(path).resolve().is_relative_to(Path(self.root).resolve())
+
+
+class ImageList(ImageFolder):
+    """The images that a text file lists, one path a line, absolute or relative to the folder of the list.
+
+    The order is that of the sorted lines; `name` gives an image as the list has it, without a leading "./".
+    Empty lines are passed over. A file that is missing is an image that cannot be read. Raises InputError for a
+    file that is no such list, that has a line twice, or of whose first LOOKED_FOR files none exists.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.root = os.path.dirname(os.path.abspath(path))
+        self.skipped = Counter()
+        try:
+            self._hold(_checked(_sorted_lines(path), path))
+        except OSError as error:
+            raise InputError(f"the list {path} cannot be read: {error.strerror}") from error
+        if len(self) == 0:
+            raise InputError(f"the list {path} is empty; write the path of an image in each line")
+        first = range(min(len(self), LOOKED_FOR))
+        if not any(os.path.exists(self._path(index)) for index in first):
+            raise InputError(
+                f"of the first {len(first)} files that {path} lists none exists, such as {self._path(0)}; "
+                f"paths in it must be absolute, or relative to {self.root}"
+            )
+
+    def open(self, index: int) -> BinaryIO:
+        path = self._path(index)
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe could be waited for without end
+            raise OSError("this is a folder or a device, not a file")
+        return open(path, "rb")
+
+    def would_take_in(self, path: str | os.PathLike[str]) -> bool:
+        return False
+
+
+def _lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
+    """The lines of a list that are not empty, without their ends and a leading "./"."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file):
+            if number == 0:
+                line = line.removeprefix(b"\xef\xbb\xbf")  # by which some editors mark UTF-8
+            if b"\0" in line:
+                raise InputError(f"{path} is no list of paths: line {number + 1} is not UTF-8 text")
+            if line := line.rstrip(b"\r\n").removeprefix(b"./"):
+                yield line
+
+
+def _sorted_lines(path: str | os.PathLike[str]) -> Iterable[bytes]:
+    """The lines in sorted order; only those of a list that is not sorted are all held at once."""
+    before = b""
+    for line in _lines(path):
+        if line < before:
+            return sorted(_lines(path))
+        before = line
+    return _lines(path)
+
+
+def _checked(lines: Iterable[bytes], path: str | os.PathLike[str]) -> Iterator[bytes]:
+    """The sorted lines. Raises InputError for one that comes twice."""
+    before = b""
+    for line in lines:
+        if line == before:
+            raise InputError(f"{path} has {os.fsdecode(line)!r} more than once; sort -u {path} leaves each line once")
+        yield (before := line)
 
 
 def check_is_folder(path: str | os.PathLike[str]) -> None:
@@ -73,7 +161,9 @@ def check_is_folder(path: str | os.PathLike[str]) -> None:
     if not os.path.exists(path):
         raise InputError(f"there is no folder {path}")
     if not os.path.isdir(path):
-        raise InputError(f"{path} is a file, not a folder; give the folder that holds the images")
+        raise InputError(
+            f"{path} is a file, not a folder; give the folder that holds the images, or a list of them in a .txt file"
+        )
     if not os.access(path, os.R_OK | os.X_OK):
         raise InputError(f"the folder {path} cannot be read; check its permissions")
 
@@ -104,23 +194,38 @@ def _is_special(entry: os.DirEntry[str]) -> bool:
 
 
 def open_source(path: str | os.PathLike[str]) -> ImageFolder:
-    """The images at INPUT_PATH. Raises InputError for a path that holds none."""
+    """The images at INPUT_PATH, a folder or a list. Raises InputError for a path that holds none."""
+    if os.path.splitext(path)[1].lower() in LIST_SUFFIXES and not os.path.isdir(path):
+        return ImageList(path)
     return ImageFolder(path)
 
 
 def decode(file: BinaryIO) -> Image.Image:
-    """The first frame of an image file, upright, in RGB, 8 bits a channel.
+    """The first frame of an image file as `as_seen` makes it. Raises as `opened` and `as_seen` do."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of metadata that does not matter; what cannot be decoded raises
+        return as_seen(opened(file))
+
+
+def opened(file: BinaryIO) -> Image.Image:
+    """An image file with its header read. Raises UnidentifiedImageError for one that Pillow cannot make out."""
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError as error:
+        why = "of no format that Pillow reads" if file.seek(0, os.SEEK_END) else "it is empty"
+        raise UnidentifiedImageError(f"cannot identify image file: {why}") from error
+
+
+def as_seen(image: Image.Image) -> Image.Image:
+    """An opened image as every job of this tool sees it: upright, in RGB, 8 bits a channel.
 
     EXIF orientation is applied and transparency is laid over white. Greys of more than 8 bits are scaled,
     where Pillow's own conversion would clip them: 16 bits by their range of 65,536, 32 bits and floats by the
     image's own range, unless 32 bits hold values that fit into 16. Raises whatever Pillow raises for a file
     that is damaged, truncated or too large.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of metadata that does not matter; what cannot be decoded raises
-        image: Image.Image = Image.open(file)
-        image.load()
-        image = ImageOps.exif_transpose(image)
+    image.load()
+    image = ImageOps.exif_transpose(image)
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I;16"):
@@ -160,4 +265,13 @@ def read_image(source: ImageFolder, index: int) -> Image.Image | str:
         with source.open(index) as file:
             return decode(file)
     except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
-        return one_line(error)
+        return why_unreadable(error)
+
+
+def why_unreadable(error: Exception) -> str:
+    """The reason in one line, without what the name of the file says already."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file, or a link to one"
+    if isinstance(error, OSError):  # the system's, whose text repeats the path, or Pillow's own
+        return error.strerror or one_line(error).removeprefix("OSError: ").removeprefix("UnidentifiedImageError: ")
+    return one_line(error)

@@ -18,6 +18,7 @@ GROUND = [
     "targets",
     "monitor",
     "verdict",
+    "duplicates",
 ]
 MODELS_AND_DATA = [
     "config",
@@ -53,6 +54,7 @@ JOBS = [
     "huggingface",
     "formats",
     "export",
+    "inventory",
     "scan",
     "demo",
     "__main__",

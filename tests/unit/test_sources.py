@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data2vec_vision import sources as sources_module
 from data2vec_vision.errors import InputError
-from data2vec_vision.sources import ImageFolder, decode, image_suffixes, open_source, read_image
+from data2vec_vision.sources import ImageFolder, ImageList, decode, image_suffixes, open_source, read_image
 
 
 def touch(root, *names):
@@ -173,3 +174,93 @@ def test_a_file_that_cannot_be_read_gives_its_reason_in_one_line(tmp_path):
             assert isinstance(result, Image.Image)
         else:
             assert isinstance(result, str) and result and "\n" not in result, name
+
+
+def listed(tmp_path, text, name="list.txt"):
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return open_source(tmp_path / name)
+
+
+def test_a_list_has_its_images_in_sorted_order_relative_to_its_folder_or_absolute(tmp_path):
+    touch(tmp_path, "photos/b.png", "photos/a.png", "a-b/x.png", "elsewhere/ü ü.dat")
+    lines = ["photos/b.png", f"{tmp_path}/elsewhere/ü ü.dat", "photos/a.png", "a-b/x.png"]
+    source = listed(tmp_path, "\n".join(lines))
+    assert isinstance(source, ImageList) and source.root == str(tmp_path)
+    assert names(source) == sorted(lines)
+    assert all(isinstance(read_image(source, index), Image.Image) for index in range(4))
+    assert names(listed(tmp_path, "\n".join(sorted(lines)) + "\n", "again.LIST")) == names(source)
+
+
+def test_lines_are_relative_to_the_list_wherever_the_command_runs(tmp_path):
+    touch(tmp_path, "here/a.png")
+    source = listed(tmp_path, "a.png\n", "here/list.txt")
+    assert isinstance(read_image(source, 0), Image.Image) and source.root == str(tmp_path / "here")
+
+
+def test_lines_of_other_editors_and_of_find(tmp_path):
+    touch(tmp_path, "a.png", "b b.png", "c.png")
+    source = listed(tmp_path, b"\xef\xbb\xbf./b b.png\r\n\r\n./a.png\r\nc.png")
+    assert names(source) == ["a.png", "b b.png", "c.png"]
+    assert source.fingerprint() == ImageFolder(tmp_path).fingerprint()
+
+
+def test_a_list_can_hold_names_that_are_no_unicode(tmp_path):
+    touch(tmp_path, "a.png")
+    source = listed(tmp_path, b"\xff.png\na.png\n")
+    assert [os.fsencode(name) for name in names(source)] == [b"a.png", b"\xff.png"]
+
+
+def test_a_list_is_buffers_too_and_a_sorted_one_is_never_held_as_lines(tmp_path, monkeypatch):
+    touch(tmp_path, *(f"{n:03}.png" for n in range(100)))
+    text = "".join(f"{n:03}.png\n" for n in range(100))
+    monkeypatch.setattr(sources_module, "sorted", None, raising=False)
+    source = listed(tmp_path, text)
+    assert len(pickle.dumps(source)) < 100 * 20 + 1500
+    assert names(pickle.loads(pickle.dumps(source))) == text.split()
+    with pytest.raises(TypeError):  # as it would be for a list that is not sorted
+        listed(tmp_path, text + "000.PNG\n")
+
+
+def test_missing_files_and_folders_in_a_list_are_unreadable_images(tmp_path):
+    touch(tmp_path, "a.png", "folder.png/x.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    source = listed(tmp_path, "a.png\nfolder.png\ngone.png\npipe.png\n")
+    results = [read_image(source, index) for index in range(4)]
+    assert isinstance(results[0], Image.Image) and results[2] == "no such file, or a link to one"
+    assert results[1] == results[3] == "this is a folder or a device, not a file"
+
+
+def test_unusable_lists_are_refused_in_words(tmp_path):
+    touch(tmp_path, "a.png")
+    for text, message in (
+        (b"", "is empty; write the path of an image in each line"),
+        (b"\n\r\n", "is empty"),
+        (b"a.png\n./a.png\n", "'a.png' more than once; sort -u"),
+        ("a.png\n".encode("utf-16"), "line 1 is not UTF-8 text"),
+        (b"b.png\nc.png\n", "of the first 2 files .* none exists, such as .*b.png; paths .* relative to"),
+    ):
+        with pytest.raises(InputError, match=message):
+            listed(tmp_path, text)
+    with pytest.raises(InputError, match="cannot be read: No such file"):
+        open_source(tmp_path / "none.txt")
+    (tmp_path / "folder.txt").mkdir()
+    touch(tmp_path, "folder.txt/a.png")
+    assert names(open_source(tmp_path / "folder.txt")) == ["a.png"]
+
+
+def test_what_would_become_an_image_of_the_next_run(tmp_path):
+    touch(tmp_path, "photos/a.png")
+    os.symlink(tmp_path / "photos", tmp_path / "link")
+    folder, some = ImageFolder(tmp_path / "link"), listed(tmp_path / "photos", "a.png\n")
+    for path in ("photos/new/x.png", "link/x.png"):
+        assert folder.would_take_in(tmp_path / path) and not some.would_take_in(tmp_path / path)
+    assert not folder.would_take_in(tmp_path / "photos2")
+
+
+def test_files_passed_over_are_counted_by_suffix_and_the_suffixes_are_bounded(tmp_path, monkeypatch):
+    touch(tmp_path, "a.png")
+    for name in ("a.txt", "b.TXT", "c.csv", "README", "scan.1", "scan.2"):
+        (tmp_path / name).write_text("x")
+    assert ImageFolder(tmp_path).skipped == {".txt": 2, ".csv": 1, "": 1, ".1": 1, ".2": 1}
+    monkeypatch.setattr(sources_module, "SUFFIXES", 2)
+    assert ImageFolder(tmp_path).skipped.total() == 6 and len(ImageFolder(tmp_path).skipped) == 3
