@@ -28,6 +28,7 @@ MODELS_AND_DATA = [
     "vit",
     "decoder",
     "sources",
+    "survey",
     "data",
     "checkpoint",
     "pictures",
