@@ -6,7 +6,18 @@ from pathlib import Path
 import data2vec_vision
 
 PACKAGE = Path(data2vec_vision.__file__).parent
-GROUND = ["errors", "distributed", "seeding", "patches", "masking", "schedules", "ema", "prototypes", "targets", "monitor"]
+GROUND = [
+    "errors",
+    "distributed",
+    "seeding",
+    "patches",
+    "masking",
+    "schedules",
+    "ema",
+    "prototypes",
+    "targets",
+    "monitor",
+]
 MODELS_AND_DATA = [
     "config",
     "knobs",
@@ -22,8 +33,8 @@ MODELS_AND_DATA = [
 METHOD_NAMES = ["data2vec", "data2vec2", "ijepa", "mae", "msn", "swav"]
 SAMPLES = ["samples", "samples.make"]
 METHODS = ["methods.base", *(f"methods.{name}" for name in METHOD_NAMES), "methods"]
-JOBS = ["run", "labels", "extract", "probes", "evaluate", "plan", "figures", "messages", "loggers", "report", "train"]
-JOBS += ["dry_run", "export", "scan", "demo", "__main__"]
+JOBS = ["run", "labels", "partial", "writers", "extract", "probes", "evaluate", "plan", "figures", "messages"]
+JOBS += ["loggers", "report", "train", "dry_run", "export", "scan", "demo", "__main__"]
 ORDER = GROUND + MODELS_AND_DATA + SAMPLES + METHODS + JOBS
 
 
