@@ -137,7 +137,7 @@ class Partial:
     def add(self, features: np.ndarray, unreadable: dict[int, str]) -> None:
         """Add the features [B, *shape] of a batch of images, of which some could not be read."""
         progress, count = self.progress, len(features) + len(unreadable)
-        finite = np.isfinite(features).reshape(len(features), -1).all(axis=1)
+        finite = np.isfinite(features).all(axis=tuple(range(1, features.ndim)))
         self.file.write(features.astype("<f4", copy=False).tobytes())
         if not finite.all():
             progress.not_finite += int((~finite).sum())

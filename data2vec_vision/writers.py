@@ -37,7 +37,7 @@ class Table:
     about: dict[str, Any]  # plain values: which checkpoint, method, pool, layer
     stop: Callable[[], None]  # raises when the user wants no more
 
-    def chunks(self, n_bytes: int = BLOCK) -> Iterator[np.ndarray]:
+    def chunks(self, n_bytes: int) -> Iterator[np.ndarray]:
         """All rows in order, float32 [n, *shape] of about `n_bytes`."""
         row = int(np.prod(self.shape))
         at_once = max(1, n_bytes // (4 * row))
@@ -57,7 +57,7 @@ def write_npz(file: BinaryIO, table: Table) -> None:
         # A ZipInfo has no time of its own: equal features make equal files.
         with archive.open(zipfile.ZipInfo("features.npy"), "w", force_zip64=True) as entry:
             entry.write(npy_header("<f4", [table.rows, *table.shape]))
-            for chunk in table.chunks():
+            for chunk in table.chunks(BLOCK):
                 entry.write(chunk.data)
         with archive.open(zipfile.ZipInfo("paths.npy"), "w", force_zip64=True) as entry:
             longest = max(map(len, table.names()))
@@ -75,7 +75,7 @@ def write_csv(file: BinaryIO, table: Table) -> None:
     numbers = ",%.9g" * width + "\n"
     file.write(("path" + "".join(f",f{n}" for n in range(width)) + "\n").encode())
     names = table.names()
-    for chunk in table.chunks():
+    for chunk in table.chunks(BLOCK):
         for row, name in zip(chunk.tolist(), names):
             file.write((quoted(name) + numbers % tuple(row)).encode("utf-8", "surrogateescape"))
 
@@ -124,7 +124,7 @@ def write_safetensors(file: BinaryIO, table: Table) -> None:
     header = json.dumps({"__metadata__": about, "features": features}).encode()
     header += b" " * (-len(header) % 8)
     file.write(len(header).to_bytes(8, "little") + header)
-    for chunk in table.chunks():
+    for chunk in table.chunks(BLOCK):
         file.write(chunk.data)
 
 
