@@ -283,7 +283,8 @@ def report(partial: Partial, source: ImageFolder, method: str) -> None:
         with atomic_write(listing) as file:
             for index, reason in progress.bad.items():
                 file.write(f"{source.name(index)}\t{reason}\n".encode("utf-8", "surrogateescape"))
-        say(f"{len(progress.bad):,} images could not be read and are left out; {listing} lists them.")
+        left_out = plural(len(progress.bad), "image could not be read and is", "images could not be read and are")
+        say(f"{left_out} left out; {listing} lists them.")
     if progress.first_not_finite is not None:
         first = source.name(progress.first_not_finite)
         say(

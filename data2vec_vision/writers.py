@@ -54,18 +54,17 @@ class Table:
 def write_npz(file: BinaryIO, table: Table) -> None:
     """`features`, `paths` [N], and `about`, one string of JSON."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        # A ZipInfo has no time of its own: equal features make equal files.
-        with archive.open(zipfile.ZipInfo("features.npy"), "w", force_zip64=True) as entry:
+        with archive.open("features.npy", "w", force_zip64=True) as entry:
             entry.write(npy_header("<f4", [table.rows, *table.shape]))
             for chunk in table.chunks(BLOCK):
                 entry.write(chunk.data)
-        with archive.open(zipfile.ZipInfo("paths.npy"), "w", force_zip64=True) as entry:
+        with archive.open("paths.npy", "w", force_zip64=True) as entry:
             longest = max(map(len, table.names()))
             entry.write(npy_header(f"<U{longest}", [table.rows]))
             names = table.names()
             while some := list(itertools.islice(names, CHUNK)):
                 entry.write(np.array(some, f"<U{longest}").tobytes())
-        with archive.open(zipfile.ZipInfo("about.npy"), "w") as entry:
+        with archive.open("about.npy", "w") as entry:
             np.save(entry, np.array(json.dumps(table.about)))
 
 
@@ -160,8 +159,8 @@ def check_format(path: Path, pool: str | None) -> None:
         *some, last = FORMATS
         raise InputError(f"--output {path} must end in {', '.join(some)} or {last}")
     if path.suffix == ".csv" and pool in ("patch", "grid"):
-        others = "--output with a name in .npz, .npy, .parquet, .pt or .safetensors"
-        raise InputError(f"a line of a .csv is one vector, not the patches of --pool {pool}; use another {others}")
+        others = ", ".join(suffix for suffix in FORMATS if suffix != ".csv")
+        raise InputError(f"a line of a .csv is one vector, not the patches of --pool {pool}; take one of {others}")
     if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise InputError(f"--output {path} needs pyarrow: pip install 'data2vec_vision[parquet]'")
 

@@ -31,7 +31,8 @@ def table(tmp_path):
 
     def build(shape=(6,), names=NAMES):
         rows = np.random.default_rng(0).standard_normal((len(names), *shape)).astype("<f4")
-        rows.reshape(-1)[:5] = [np.nan, -np.inf, 1e-45, np.finfo("f4").max, -0.0]
+        digits = np.nextafter(np.float32(1000), np.float32(np.inf))  # needs all 9
+        rows.reshape(-1)[:6] = [np.nan, -np.inf, 1e-45, np.finfo("f4").max, -0.0, digits]
         path = tmp_path / "rows.npy"
         path.write_bytes(npy_header("<f4", list(rows.shape)) + rows.tobytes())
         return rows, Table(path, list(shape), len(names), lambda: iter(names), ABOUT, lambda: None)
