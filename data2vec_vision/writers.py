@@ -20,6 +20,7 @@ from tqdm import tqdm
 from data2vec_vision.checkpoint import atomic_write
 from data2vec_vision.errors import InputError
 from data2vec_vision.partial import NPY_HEADER, npy_header
+from data2vec_vision.run import plural, say
 
 BLOCK = 2**18  # bytes of features in memory at a time
 ROW_GROUP = 2**24  # the same for parquet, which reads and skips in groups of rows
@@ -68,15 +69,26 @@ def write_npz(file: BinaryIO, table: Table) -> None:
             np.save(entry, np.array(json.dumps(table.about)))
 
 
+def utf8_names(table: Table) -> Iterator[str]:
+    """The names for a format that is UTF-8 throughout: bytes that are not are written as \\xNN, which is said."""
+
+    def clean(name: str) -> str:
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+    if count := sum(clean(name) != name for name in table.names()):
+        say(f"note: of {plural(count, 'name that is', 'names that are')} not UTF-8, odd bytes are written as \\xNN")
+    return map(clean, table.names())
+
+
 def write_csv(file: BinaryIO, table: Table) -> None:
     """A line an image: its path, and D numbers of 9 digits, which are enough to give back the very float32."""
     width = table.shape[0]
     numbers = ",%.9g" * width + "\n"
     file.write(("path" + "".join(f",f{n}" for n in range(width)) + "\n").encode())
-    names = table.names()
+    names = utf8_names(table)
     for chunk in table.chunks(BLOCK):
         for row, name in zip(chunk.tolist(), names):
-            file.write((quoted(name) + numbers % tuple(row)).encode("utf-8", "surrogateescape"))
+            file.write((quoted(name) + numbers % tuple(row)).encode())
 
 
 def quoted(text: str) -> str:
@@ -85,10 +97,7 @@ def quoted(text: str) -> str:
 
 
 def write_parquet(file: BinaryIO, table: Table) -> None:
-    """Columns `path` and `features`, flat; the shape of a row and `about` are in the schema's metadata.
-
-    Bytes of a name that are not UTF-8, which parquet does not hold, are written as \\xNN.
-    """
+    """Columns `path` and `features`, flat; the shape of a row and `about` are in the schema's metadata."""
     import pyarrow
     from pyarrow import parquet
 
@@ -97,7 +106,7 @@ def write_parquet(file: BinaryIO, table: Table) -> None:
         [("path", pyarrow.string()), ("features", pyarrow.list_(pyarrow.float32(), width))],
         metadata={"shape": json.dumps(table.shape), "about": json.dumps(table.about)},
     )
-    names = (n.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for n in table.names())
+    names = utf8_names(table)
     # Floats of features hardly repeat: dictionaries and statistics of them only cost.
     with parquet.ParquetWriter(file, schema, use_dictionary=False, write_statistics=["path"]) as writer:
         for chunk in table.chunks(ROW_GROUP):

@@ -114,12 +114,19 @@ def test_names_that_are_no_unicode_are_kept_where_the_format_can(tmp_path, table
     _, content = table(names=names)
     assert np.load(written(tmp_path, ".npz", content))["paths"].tolist() == names
     assert torch.load(written(tmp_path, ".pt", content), weights_only=True)["paths"] == names
-    assert written(tmp_path, ".csv", content).read_bytes().splitlines()[1].startswith(b"a\xff.png,")
     write_paths(tmp_path / "f.npy", iter(names))
     assert (tmp_path / "f.paths.txt").read_bytes() == b"a\xff.png\nb.png\n"
+
+
+def test_formats_that_are_utf8_throughout_stay_readable_and_say_what_they_changed(tmp_path, table, capfd):
     from pyarrow import parquet
 
+    _, content = table(names=["a\udcff.png", "b.png"])
     assert parquet.read_table(written(tmp_path, ".parquet", content))["path"].to_pylist() == ["a\\xff.png", "b.png"]
+    assert capfd.readouterr().out == "note: of 1 name that is not UTF-8, odd bytes are written as \\xNN\n"
+    lines = written(tmp_path, ".csv", content).read_text(encoding="utf-8").splitlines()
+    assert [line.split(",")[0] for line in lines] == ["path", "a\\xff.png", "b.png"]
+    assert "1 name that is not UTF-8" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("suffix", [s for s, form in FORMATS.items() if form.write])
