@@ -60,8 +60,12 @@ def train_option(name: str) -> click.Option:
     )
 
 
-POOL = "One vector an image, or all its patches.  [default: the method's]"
-LAYER = "Take the output of this block, 1 the first.  [default: after the final norm]"
+OUTPUT = "Where to write: a name ending in .npz, .npy, .parquet, .csv, .pt or .safetensors."
+POOL = "One vector an image, or all its patches, as a list or in rows and columns.  [default: the method's]"
+LAYER = (
+    "Take the output of this block before the final norm, 1 the first, -1 the last.  [default: after the final norm]"
+)
+RESUME = "Go on after an interruption, from the rows kept beside --output."
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -113,17 +117,10 @@ cli.add_command(
 @cli.command()
 @click.argument("checkpoint")
 @click.argument("input_path")
-@click.option("--output", required=True, metavar="FILE", help="Where to write: a name ending in .npz or .npy.")
-@click.option(
-    "--pool",
-    type=click.Choice(["mean", "cls", "patch"]),
-    help=POOL,
-)
-@click.option(
-    "--layer",
-    type=click.IntRange(1),
-    help=LAYER,
-)
+@click.option("--output", required=True, metavar="FILE", help=OUTPUT)
+@click.option("--pool", type=click.Choice(["mean", "cls", "patch", "grid"]), help=POOL)
+@click.option("--layer", type=int, metavar="N", help=LAYER)
+@click.option("--resume", is_flag=True, help=RESUME)
 @click.option(
     "--encoder",
     type=click.Choice(["student", "teacher"]),

@@ -1,33 +1,31 @@
 """Features of a folder of images, written as they are computed: memory does not grow with their number."""
 
-import contextlib
+import hashlib
 import os
-import shutil
 import sys
-import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data2vec_vision.checkpoint import atomic_write, load_encoder
+from data2vec_vision import distributed
+from data2vec_vision.checkpoint import TRAINING, atomic_write, load_encoder
 from data2vec_vision.data import leave_signals_to_parent
 from data2vec_vision.device import cores, find_device, fused_attention_pays, set_fused_attention
 from data2vec_vision.errors import InputError, RunFailed, Stopped, one_line
-from data2vec_vision.run import caught_signals, say, size
+from data2vec_vision.partial import Partial
+from data2vec_vision.run import caught_signals, plural, say
 from data2vec_vision.sources import ImageFolder, open_source, read_image
 from data2vec_vision.transforms import ImageTransform
-from data2vec_vision.vit import MaskedVisionTransformer
+from data2vec_vision.vit import Encoded, MaskedVisionTransformer, pooled
+from data2vec_vision.writers import FORMATS, Table, check_format, load_line, write_paths
 
-NPY_HEADER = 128  # bytes: room for any shape, so that the number of rows can be filled in at the end
-STOPPED = "Stopped; nothing was written"
-CHUNK = 65536  # paths written at a time
+GO_ON = "the same command with --resume goes on"
+ENOUGH = 64  # rows of which none is finite: the encoder is broken, not an image
 
 
 def extract(
@@ -41,66 +39,104 @@ def extract(
     workers: int | None = None,
     device: str | None = None,
     precision: str = "fp32",
+    resume: bool = False,
 ) -> None:
     """Write the features of all images below `input_path` to `output`, in the sorted order of their paths.
 
-    .npz: `features` float32 [N, D], or [N, S, D] with the pool "patch", and `paths` [N], relative, with
-    forward slashes. .npy: the features alone, the paths beside it in <name>.paths.txt, one a line
-    (a line feed in a name is written as \\n). Images that cannot be read are left out and listed in
-    <name>.bad_files.txt. Raises InputError, RunFailed when the disk does not take the features, and Stopped
-    after a signal before the last image; then nothing is written.
+    The suffix of `output` is one of writers.FORMATS. Features are float32 [N, D], [N, S, D] with the pool "patch", or
+    [N, rows, columns, D] with "grid"; paths are relative, with forward slashes. `layer` takes the output of a block
+    before the final norm, 1 the first and -1 the last. Images that cannot be read are left out and listed in
+    <name>.bad_files.txt.
+
+    Raises InputError; RunFailed when the disk does not take the features or none of them is finite; Stopped after a
+    signal. Then there is no output, but after a stop, a full disk or a kill the rows so far are kept beside it, and
+    `resume` goes on with them: the output is that of a run without a stop, on the CPU bit for bit.
     """
-    target = check_output(output)
+    target = check_output(output, pool)
     where = find_device(device)
     model, content = load_encoder(checkpoint, "cpu", encoder)
-    if pool != "patch":
-        model.check_pool(pool or model.pool)
-    if layer is not None and layer > model.depth:
-        raise InputError(f"--layer {layer} is more than the {model.depth} blocks of the encoder")
-    if layer is not None and (pool or model.pool) == "cls":
-        raise InputError("--layer gives patch tokens; use it with --pool mean or --pool patch")
+    pool = pool or model.pool
+    if pool not in ("patch", "grid"):
+        model.check_pool(pool)
+    layer = block_number(layer, model.depth)
     source = open_source(input_path)
-    width = [model.n_patches, model.embed_dim] if pool == "patch" else [model.embed_dim]
-    free, needed = shutil.disk_usage(target.parent).free, 4 * len(source) * int(np.prod(width))
-    if needed * (2 if target.suffix == ".npz" else 1) > free:
-        raise InputError(f"the features take {size(needed)}, but {target.parent} has only {size(free)} free")
+    about = {
+        "method": content["method"],
+        "checkpoint": checkpoint,
+        **({"encoder": encoder} if content["format"] == TRAINING else {}),
+        "image_size": list(model.transform.image_size),
+        "pool": pool,
+        "layer": layer,
+        "precision": precision,
+    }
+    settings = {
+        "weights": fingerprint(model, content["encoder"]),
+        "images": source.fingerprint(),
+        "--batch-size": batch_size,
+        "--device": where.type,
+        **{f"--{name}": about[name] for name in ("pool", "layer", "precision")},
+    }
+    partial = Partial(target, row_shape(model, pool), settings)
+    partial.check_room(len(source), FORMATS[target.suffix].room)
+    if layer is not None:
+        model.vit.blocks = model.vit.blocks[:layer]  # no need to compute what comes after it
     compute = feature_function(model.to(where), where, pool, layer, precision)
-    loader = image_loader(source, model.transform, batch_size, workers, pin=where.type == "cuda")
-    bad: dict[int, str] = {}
     try:
-        with contextlib.ExitStack() as stack, caught_signals() as signals:
-            npy = stack.enter_context(
-                atomic_write(target) if target.suffix == ".npy" else tempfile.TemporaryFile(dir=target.parent)
-            )
-            rows = write_features(npy, compute, loader, bad, len(source), width, signals)
-            if rows == 0:
-                reason = next(iter(bad.values()))
-                raise InputError(f"none of the {len(source):,} images in {input_path} can be read; the first: {reason}")
-            if signals:
-                raise Stopped(signals[0], STOPPED)
-            if target.suffix == ".npz":
-                write_npz(target, npy, source, bad)
-            else:
-                with atomic_write(target.with_suffix(".paths.txt")) as file:
-                    for name in kept_names(source, bad):
-                        file.write((name.replace("\n", "\\n") + "\n").encode("utf-8", "surrogateescape"))
+        with partial.opened(resume), caught_signals() as signals:
+            stop = stop_function(signals, partial, len(source))
+            pin, start = where.type == "cuda", partial.progress.images
+            loader = image_loader(source, model.transform, batch_size, workers, pin, start)
+            compute_rows(partial, compute, loader, len(source), stop)
+            refuse_useless(partial, model, checkpoint, input_path)
+            write_output(partial, source, about, stop)
     except OSError as error:
-        raise RunFailed(f"cannot write {target}: {one_line(error)}; make room or choose another --output") from error
-    report(target, rows, width, source, bad, content["method"])
+        kept = f"; then {GO_ON}" if partial.notes.exists() else ""
+        raise RunFailed(
+            f"cannot write {target}: {one_line(error)}; make room or choose another --output{kept}"
+        ) from error
+    report(partial, source, content["method"])
 
 
-def check_output(output: str) -> Path:
+def check_output(output: str, pool: str | None = None) -> Path:
     """Raises InputError unless features can be written to `output`."""
     target = Path(output)
-    if target.suffix not in (".npz", ".npy"):  # numpy's own loader minds upper and lower case too
-        raise InputError(f"--output {output} must end in .npz or .npy")
+    check_format(target, pool)
     if target.is_dir():
         raise InputError(f"--output {output} is a folder; give a file")
     if not target.parent.is_dir():
         raise InputError(f"--output {output}: there is no folder {target.parent}; make it first")
     if not os.access(target.parent, os.W_OK):
         raise InputError(f"--output {output}: the folder {target.parent} cannot be written to")
+    if distributed.processes() > 1:
+        raise InputError("extract is one process, and several would write one file; start it without torchrun")
     return target
+
+
+def block_number(layer: int | None, depth: int) -> int | None:
+    """The number of a block from 1 on, of one that may be counted from the end, -1 the last. Raises InputError."""
+    if layer is None or 1 <= layer <= depth:
+        return layer
+    if -depth <= layer <= -1:
+        return layer + depth + 1
+    raise InputError(
+        f"--layer {layer} is more than the {depth} blocks of the encoder; give 1 to {depth}, or -1 for the last"
+        if layer
+        else f"--layer counts from 1; give 1 to {depth}, or -1 for the last"
+    )
+
+
+def fingerprint(model: MaskedVisionTransformer, description: dict[str, Any]) -> str:
+    """A hash of all that the features of an image depend on in the encoder."""
+    digest = hashlib.blake2b(f"{description} {model.transform}".encode(), digest_size=16)
+    for name, tensor in model.vit.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def row_shape(model: MaskedVisionTransformer, pool: str) -> list[int]:
+    """The shape of an image's features: [D], [S, D] or [rows, columns, D]."""
+    return [*{"patch": [model.n_patches], "grid": model.grid}.get(pool, []), model.embed_dim]
 
 
 class Images(Dataset):
@@ -124,12 +160,18 @@ def collate(items: list[tuple[int, Tensor | str]]) -> tuple[Tensor | None, dict[
 
 
 def image_loader(
-    source: ImageFolder, transform: ImageTransform, batch_size: int, workers: int | None, pin: bool = False
+    source: ImageFolder,
+    transform: ImageTransform,
+    batch_size: int,
+    workers: int | None,
+    pin: bool = False,
+    start: int = 0,
 ) -> DataLoader:
-    """The images in order, in batches as `collate` makes them."""
+    """The images from number `start` on, in order, in batches as `collate` makes them."""
     return DataLoader(
         Images(source, transform),
         batch_size,
+        sampler=range(start, len(source)),
         num_workers=max(0, min(8, cores() - 1)) if workers is None else workers,
         collate_fn=collate,
         pin_memory=pin,
@@ -141,94 +183,116 @@ def image_loader(
 def feature_function(
     model: MaskedVisionTransformer, device: torch.device, pool: str | None, layer: int | None, precision: str = "fp32"
 ) -> Callable[[Tensor], Tensor]:
-    """uint8 images [B, 3, H, W] -> float32 features [B, D] or [B, S, D] on the CPU."""
+    """uint8 images [B, 3, H, W] -> float32 features on the CPU: [B, D], [B, S, D] or [B, rows, columns, D].
 
+    `pool` is mean, cls, patch, grid, or None for the model's own; `layer` in [1, L], or None: after the final norm.
+    """
     set_fused_attention(model, fused_attention_pays(device, precision))
+    n_prefix = model.vit.num_prefix_tokens
 
     @torch.inference_mode()
     def compute(pixels: Tensor) -> Tensor:
         images = model.transform.normalized(pixels.to(device, non_blocking=True))
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            if pool != "patch" and layer is None:
-                features = model.embed(images, pool)
+            if layer is None:
+                encoded = model.encode(images)
             else:
-                encoded = model.encode(images, hidden=() if layer is None else (layer - 1,))
-                tokens = encoded.tokens if layer is None else encoded.hidden[0]
-                features = tokens if pool == "patch" else tokens.mean(dim=1)
+                state = model.encode(images, hidden=(layer - 1,), output="all").hidden[0]
+                encoded = Encoded(state[:, n_prefix:], state[:, :n_prefix], [])
+            if pool == "patch":
+                features = encoded.tokens
+            elif pool == "grid":
+                features = encoded.tokens.unflatten(1, model.grid)
+            else:
+                features = pooled(encoded, pool or model.pool)
         return features.float().cpu()
 
     return compute
 
 
-def write_features(
-    npy: BinaryIO,
+def stop_function(signals: list[int], partial: Partial, total: int) -> Callable[[], None]:
+    """A function that raises Stopped once there are signals."""
+
+    def stop() -> None:
+        if signals and not partial.progress.rows:
+            raise Stopped(signals[0], "Stopped; nothing was written")
+        if signals:
+            done = f"{partial.progress.images:,} of {plural(total, 'image', 'images')}"
+            raise Stopped(signals[0], f"Stopped after {done}; {GO_ON}")
+
+    return stop
+
+
+def compute_rows(
+    partial: Partial,
     compute: Callable[[Tensor], Tensor],
     loader: DataLoader,
-    bad: dict[int, str],
     total: int,
-    width: list[int],
-    signals: list[int],
-) -> int:
-    """Write an .npy of the features of all readable images, note the others in `bad`; returns the rows.
-
-    Raises Stopped once there are `signals`.
-    """
-    npy.write(npy_header("<f4", [0, *width]))
-    rows = 0
-    with tqdm(total=total, unit="image", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
+    stop: Callable[[], None],
+) -> None:
+    """Add the features of all readable images to `partial`, and the others with their reasons."""
+    none = torch.empty(0, *partial.shape).numpy()
+    done = partial.progress.images
+    with tqdm(total=total, initial=done, unit="image", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
         for pixels, unreadable in loader:
-            if signals:
-                raise Stopped(signals[0], STOPPED)
-            bad |= unreadable
-            if pixels is not None:
-                npy.write(compute(pixels).numpy().astype("<f4", copy=False).tobytes())
-                rows += len(pixels)
-            bar.update(len(unreadable) + (0 if pixels is None else len(pixels)))
-    npy.seek(0)
-    npy.write(npy_header("<f4", [rows, *width]))
-    npy.flush()
-    return rows
+            stop()
+            partial.add(none if pixels is None else compute(pixels).numpy(), unreadable)
+            bar.update(partial.progress.images - bar.n)
+            if partial.progress.not_finite == partial.progress.rows >= ENOUGH:
+                return
 
 
-def npy_header(kind: str, shape: list[int]) -> bytes:
-    """The header of an .npy file (format 1.0), always NPY_HEADER bytes."""
-    text = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {tuple(shape)}, }}"
-    magic = b"\x93NUMPY\x01\x00" + (NPY_HEADER - 10).to_bytes(2, "little")
-    return magic + text.ljust(NPY_HEADER - 11).encode() + b"\n"
+def refuse_useless(partial: Partial, model: MaskedVisionTransformer, checkpoint: str, input_path: str) -> None:
+    """Raises InputError when no image could be read, and RunFailed when no row is finite."""
+    progress = partial.progress
+    if not progress.rows:
+        reason = next(iter(progress.bad.values()))
+        raise InputError(f"none of the {progress.images:,} images in {input_path} can be read; the first: {reason}")
+    if progress.not_finite == progress.rows:
+        partial.drop()
+        broken = [name for name, weight in model.vit.named_parameters() if not weight.isfinite().all()]
+        cause = f"its weights are not finite, {broken[0]} for one" if broken else "its weights are so large"
+        raise RunFailed(
+            f"the encoder in {checkpoint} makes no feature that is finite: {cause}; take an earlier checkpoint"
+        )
 
 
-def write_npz(target: Path, features: BinaryIO, source: ImageFolder, bad: dict[int, str]) -> None:
-    """Write `features` (a whole .npy) and the paths as an .npz, without holding either in memory."""
-    features.seek(0)
-    longest = max(len(name) for name in kept_names(source, bad))
-    with atomic_write(target) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        with archive.open("features.npy", "w", force_zip64=True) as entry:
-            shutil.copyfileobj(features, entry)
-        with archive.open("paths.npy", "w", force_zip64=True) as entry:
-            entry.write(npy_header(f"<U{longest}", [len(source) - len(bad)]))
-            chunk: list[str] = []
-            for name in kept_names(source, bad):
-                chunk.append(name)
-                if len(chunk) == CHUNK:
-                    entry.write(np.array(chunk, f"<U{longest}").tobytes())
-                    chunk.clear()
-            entry.write(np.array(chunk, f"<U{longest}").tobytes())
+def write_output(partial: Partial, source: ImageFolder, about: dict[str, Any], stop: Callable[[], None]) -> None:
+    """Make the output of the rows, which are all there."""
+    target, bad = partial.target, partial.progress.bad
+
+    def names() -> Iterator[str]:
+        return (source.name(index) for index in range(len(source)) if index not in bad)
+
+    stop()
+    partial.finish()
+    form = FORMATS[target.suffix]
+    if not form.holds_paths:
+        write_paths(target, names())
+    if form.write is not None:
+        with atomic_write(target) as file:
+            form.write(file, Table(partial.path, partial.shape, partial.progress.rows, names, about, stop))
+    partial.complete(rename=form.write is None)
 
 
-def kept_names(source: ImageFolder, bad: dict[int, str]) -> Iterator[str]:
-    return (source.name(index) for index in range(len(source)) if index not in bad)
-
-
-def report(target: Path, rows: int, width: list[int], source: ImageFolder, bad: dict[int, str], method: str) -> None:
-    """Say what was written and how to load it; list what could not be read."""
-    if bad:
+def report(partial: Partial, source: ImageFolder, method: str) -> None:
+    """Say what was written, what to mind, and last how to load it; list what could not be read."""
+    target, progress = partial.target, partial.progress
+    if progress.bad:
         listing = target.with_suffix(".bad_files.txt")
         with atomic_write(listing) as file:
-            for index, reason in bad.items():
+            for index, reason in progress.bad.items():
                 file.write(f"{source.name(index)}\t{reason}\n".encode("utf-8", "surrogateescape"))
-        say(f"{len(bad):,} images could not be read and are left out; {listing} lists them.")
-    shape = " x ".join(f"{n:,}" for n in (rows, *width))
-    if target.suffix == ".npz":
-        say(f'Wrote {target}: features {shape} ({method}), paths {rows:,}. Load: numpy.load("{target}")["features"]')
-    else:
-        say(f"Wrote {target}: features {shape} ({method}); {target.with_suffix('.paths.txt')}: their paths.")
+        left_out = plural(len(progress.bad), "image could not be read and is", "images could not be read and are")
+        say(f"{left_out} left out; {listing} lists them.")
+    if progress.first_not_finite is not None:
+        first = source.name(progress.first_not_finite)
+        say(
+            f"{plural(progress.not_finite, 'row holds', 'rows hold')} numbers that are not finite, "
+            f"the first that of {first}; leave them out of what you compute."
+        )
+    shape = " x ".join(f"{n:,}" for n in (progress.rows, *partial.shape))
+    holds_paths = FORMATS[target.suffix].holds_paths
+    paths = f"paths {progress.rows:,}" if holds_paths else f"paths in {target.with_suffix('.paths.txt')}"
+    say(f"Wrote {target}: features {shape} ({method}), {paths}.")
+    say(f"Load: {load_line(target, partial.shape)}")

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from tqdm import tqdm
 
@@ -42,6 +42,22 @@ def say(text: str) -> None:
     if distributed.is_main():
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
+
+
+def lock(file: IO[Any], busy: str, lockless: str) -> None:
+    """Take `file` for this process until it closes it.
+
+    Raises InputError(busy) when another process has it; says `lockless` where the file system has no locks.
+    """
+    if fcntl is None:
+        return
+    try:
+        # A record lock: unlike flock it is not handed on to workers, which outlive a killed run by seconds.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise InputError(busy) from None
+    except OSError:
+        say(f"note: {lockless}")
 
 
 class RunFolder:
@@ -85,16 +101,11 @@ class RunFolder:
             raise InputError(
                 f"cannot write to {self.path}: {error.strerror}; give another --checkpoint-out-dir"
             ) from error
-        if fcntl is not None:
-            try:
-                # A record lock: unlike flock it is not handed on to workers, which outlive a killed run by seconds.
-                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                raise InputError(
-                    f"another process is training in {self.path}; wait for it, or give another --checkpoint-out-dir"
-                ) from None
-            except OSError:
-                say(f"note: the file system of {self.path} has no locks; see that no other run writes there")
+        lock(
+            self._lock,
+            busy=f"another process is training in {self.path}; wait for it, or give another --checkpoint-out-dir",
+            lockless=f"the file system of {self.path} has no locks; see that no other run writes there",
+        )
         for pattern in (".*.pt.*.tmp", ".checkpoint_*.pt.tmp", ".config.json.*.tmp", ".metrics.jsonl.*.tmp"):
             for leftover in self.path.glob(pattern):  # of a run that was killed while it wrote
                 leftover.unlink(missing_ok=True)

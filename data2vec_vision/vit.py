@@ -36,7 +36,7 @@ class Encoded(NamedTuple):
 
     tokens: Tensor  # [B, S or K, D] patch tokens after the final norm
     prefix: Tensor  # [B, N, D] prefix tokens after the final norm
-    hidden: list[Tensor]  # the hidden states asked for, each [B, S or K, D]
+    hidden: list[Tensor]  # the hidden states asked for, each [B, S or K, D], or [B, N + S or K, D] of all tokens
 
 
 def pooled(encoded: Encoded, pool: str) -> Tensor:
@@ -150,8 +150,9 @@ class MaskedVisionTransformer(nn.Module):
         keep [B, K]: encode only these patches, indices in [0, S); with M masks an image, keep [B, M, K], each
         image is embedded once and encoded M times, and the output has B*M rows. query [B, Q]: put the mask
         token in place of these patch embeddings before the first block. hidden: the blocks, in [0, L), whose
-        states to return: "block" is a block's output, "ffn" the output of its feed-forward network
-        before LayerScale and the residual.
+        states to return: "block" is a block's output at the patches, "all" the same with the prefix tokens
+        before them, [B, N + S, D], and "ffn" the output of its feed-forward network before LayerScale and the
+        residual.
         """
         if keep is not None and query is not None:
             raise ValueError("encode takes keep or query, not both")
@@ -172,7 +173,7 @@ class MaskedVisionTransformer(nn.Module):
             else:
                 x = self._block(block, x)
                 if index in hidden:
-                    states[index] = x[:, N:]
+                    states[index] = x if output == "all" else x[:, N:]
         x = self.vit.norm(x)
         return Encoded(x[:, N:], x[:, :N], [states[index] for index in hidden])
 

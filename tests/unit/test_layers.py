@@ -39,6 +39,8 @@ METHODS = ["methods.base", *(f"methods.{name}" for name in METHOD_NAMES), "metho
 JOBS = [
     "run",
     "labels",
+    "partial",
+    "writers",
     "extract",
     "probes",
     "features",

@@ -50,6 +50,17 @@ def test_features_are_timms(vit):
     torch.testing.assert_close(ours.hidden_states, torch.stack(hidden), rtol=1e-5, atol=1e-5)
 
 
+def test_hidden_states_of_all_tokens_are_timms(vit):
+    """The prefix tokens first, then the patches."""
+    images = batch(vit)
+    arguments = {"norm": False, "output_fmt": "NLC", "return_prefix_tokens": True, "intermediates_only": True}
+    # Without prefix tokens timm leaves out the pairs.
+    pairs = [s if isinstance(s, tuple) else (s, s[:, :0]) for s in vit.forward_intermediates(images, **arguments)]
+    states = MaskedVisionTransformer(vit).encode(images, hidden=(2, 0), output="all").hidden
+    for state, (patches, prefix) in zip(states, (pairs[2], pairs[0])):
+        torch.testing.assert_close(state, torch.cat([prefix, patches], dim=1), rtol=1e-5, atol=1e-5)
+
+
 def test_patch_sequences_and_images_give_the_same_features(vit):
     model, images = MaskedVisionTransformer(vit), batch(vit)
     assert torch.equal(model(images).features, model(patchify(images, 4)).features)
