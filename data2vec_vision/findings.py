@@ -1,6 +1,7 @@
 """What an evaluation says to people: the table, a verdict in words, the classes, the pairs that are confused."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 PIXELS, UNTRAINED, TRAINED = "raw pixels", "untrained encoder", "trained encoder"
 BEYOND = 2.0  # standard errors from which on a difference counts
 FEW_CLASSES = 13  # are all shown
+INDENT: dict[str, Any] = {"initial_indent": "  ", "subsequent_indent": "    "}
 PROBES = {"knn": "kNN", "linear": "a linear probe"}
 
 
@@ -67,25 +69,29 @@ def gain(right: np.ndarray, right_before: np.ndarray) -> dict[str, float]:
 
 
 def verdict(gains: Mapping[str, Mapping[str, float]]) -> str:
-    """What training added, by each probe of PROBES, and whether this is beyond chance."""
+    """What training added by each probe of PROBES, and whether that is more than chance explains."""
     points = {name: values["points"] for name, values in gains.items()}
-    beyond = {name: BEYOND * values["standard_error"] for name, values in gains.items()}
-    up = [name for name in gains if points[name] > beyond[name]]
-    down = [name for name in gains if points[name] < -beyond[name]]
-    what = " and ".join(
-        f"{abs(points[name]):.1f} points {'above' if points[name] > 0 else 'below'} the untrained one by {PROBES[name]}"
-        f" (± {beyond[name]:.1f})"
-        for name in gains
-    )
-    if up and not down:
-        ending = "it has learned" if len(up) == len(gains) else f"it has learned, as {PROBES[up[0]]} sees"
-    elif down and not up:
-        ending = "training has cost more than it gave; see whether it collapsed, or train longer"
+    chance = {name: BEYOND * values["standard_error"] for name, values in gains.items()}
+    up = [name for name in gains if points[name] > chance[name]]
+    down = [name for name in gains if points[name] < -chance[name]]
+    sides = [f"{abs(p):.1f} points {'above' if p >= 0 else 'below'}" for p in points.values()]
+    if len({side.split()[-1] for side in sides}) == 1:
+        sides = [sides[0] + " the untrained one", *(side.split()[0] for side in sides[1:])]
+    else:
+        sides = [side + " the untrained one" for side in sides]
+    what = " and ".join(f"{side} by {PROBES[name]}" for side, name in zip(sides, gains))
+    limit = "chance explains " + " and ".join(f"{c:.1f}" for c in chance.values())
+    if len(up) == len(gains):
+        ending = "it has learned"
+    elif up and not down:
+        ending = f"it has learned, as far as {PROBES[up[0]]} can tell"
     elif up:
-        ending = f"{PROBES[up[0]]} says that it has learned, {PROBES[down[0]]} that it has not"
+        ending = f"{PROBES[up[0]]} says that it has learned, {PROBES[down[0]]} that it has lost"
+    elif down:
+        ending = "it is worse than the untrained encoder; see whether the run collapsed, or train longer"
     else:
         ending = "it is not better than the untrained encoder, as far as these test images can tell"
-    return f"The trained encoder is {what}: {ending}."
+    return f"The trained encoder is {what} ({limit}): {ending}."
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -145,11 +151,11 @@ def text(report: Mapping[str, Any]) -> str:
         f"Accuracy in per cent; chance {report['chance']:.1f}, standard error about {report['standard_error']:.1f}:",
         table(report["results"]),
         "",
-        *(f"  {name}: {words}" for name, words in protocol.items()),
+        *(textwrap.fill(f"{name}: {words}", 110, **INDENT) for name, words in protocol.items()),
         "",
     ]
     if report["verdict"]:
-        parts += [report["verdict"], ""]
+        parts += [textwrap.fill(report["verdict"], 110), ""]
     parts.append(class_lines(report["per_class"]))
     if len(report["classes"]) > FEW_CLASSES and report["most_confused"]:
         parts.append("Most often confused, linear probe:")

@@ -13,7 +13,7 @@ from torch import Tensor
 from data2vec_vision.probes import accuracy, chunks, mean_of, nothing
 from data2vec_vision.split import stratified_split
 
-KEPT_VALUES = 2**28  # of standardised features that are kept on the device, where there are no more: 1 GB in fp32
+KEPT_BYTES = 10**9  # of standardised features that are kept in memory, where there are no more
 STRONGEST, WEAKEST, PATIENCE = 1, -9, 3  # powers of ten of the regularisation; how many are tried beyond the best
 HELD_OUT = 0.2  # share of the training part by which the regularisation is chosen
 UNCHOSEN = 0.01  # the regularisation where nothing can be held out
@@ -94,7 +94,8 @@ class StandardRows:
     ):
         self.features, self.device, self.dtype = features, device or features.device, dtype
         self.mean, self.scale = mean.to(self.device, dtype), scale.to(self.device, dtype)
-        self._keep, self._kept = keep and features.numel() <= KEPT_VALUES, {}  # type: ignore[var-annotated]
+        self._keep = keep and features.numel() * dtype.itemsize <= room(self.device)
+        self._kept: dict[int, Tensor] = {}
 
     def __iter__(self) -> Iterator[tuple[Tensor, slice]]:
         for part in chunks(self.features):
@@ -106,10 +107,16 @@ class StandardRows:
             yield x, part
 
 
+def room(device: torch.device) -> int:
+    """Bytes of features that may be kept on `device`."""
+    return torch.cuda.mem_get_info(device)[0] // 3 if device.type == "cuda" else KEPT_BYTES
+
+
 class LogisticRegression:
     """Multinomial: mean cross-entropy + strength / 2 * |weight|^2, with a free bias.
 
-    In scikit-learn's words the strength is 1 / (C N). `used` [N] are weights of the images: 0 leaves one out of
+    In scikit-learn's words the strength is 1 / (C N); of two classes it fits one vector, the difference of ours, which
+    is the same with 2 / (C N). `used` [N] are weights of the images: 0 leaves one out of
     everything. `dtype` is that of a pass over the features; devices without float64 take float32.
     """
 
@@ -167,6 +174,7 @@ class LogisticRegression:
             [position], 1, MAX_PASSES, MAX_PASSES, *self.tolerances, 10, line_search_fn="strong_wolfe"
         )
 
+        @torch.no_grad()  # LBFGS switches gradients on
         def closure() -> Tensor:
             loss, slope, _ = self.loss_slope_and_curvature(back(position), penalty)
             position.grad = torch.linalg.solve_triangular(root, slope, upper=False).contiguous()
@@ -176,7 +184,6 @@ class LogisticRegression:
         solution = back(position.detach())
         return LinearClassifier(self.classes, self.mean, self.scale, solution[:-1], solution[-1], strength)
 
-    @torch.no_grad()  # LBFGS switches gradients on
     def loss_slope_and_curvature(self, solution: Tensor, penalty: Tensor) -> tuple[Tensor, Tensor, float]:
         """The objective, its gradient, and the mean of p (1 - p), at `solution` [D + 1, C], the bias last."""
         loss, curvature = torch.zeros((), dtype=torch.float64), 0.0

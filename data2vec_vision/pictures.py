@@ -69,16 +69,13 @@ def confusion_picture(confusion: np.ndarray, classes: Sequence[str], title: str)
     font = ImageFont.load_default(13)
     names = [name if len(name) <= 24 else name[:21] + "..." for name in classes]
     margin = GAP + (max(int(font.getlength(name)) for name in names) if named else CAPTION) + GAP
-    top = margin + 2 * CAPTION + GAP
-    width = margin + side * len(classes) + 2 * GAP
-    page = Image.new(
-        "RGB", (max(width, int(font.getlength(title)) + 2 * GAP), top + side * len(classes) + 2 * GAP), BACKGROUND
-    )
+    top = margin + 2 * CAPTION + 3 * GAP
+    lines = (title, "rows: the true class; columns: what it was taken for; in per cent of the row")
+    width = max(margin + side * len(classes), *(int(font.getlength(line)) + GAP for line in lines)) + 2 * GAP
+    page = Image.new("RGB", (width, top + side * len(classes) + 2 * GAP), BACKGROUND)
     draw = ImageDraw.Draw(page)
-    draw.text((GAP, GAP), title, INK, font)
-    draw.text(
-        (GAP, GAP + CAPTION), "rows: the true class; columns: what it was taken for; per cent of the row", INK, font
-    )
+    for n, line in enumerate(lines):
+        draw.text((GAP, GAP + n * CAPTION), line, INK, font)
     share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     for r, c in np.ndindex(share.shape):
         x, y, value = margin + c * side, top + r * side, float(share[r, c])
