@@ -85,6 +85,13 @@ def test_the_penalty_is_the_one_that_does_best_on_the_held_out_fifth():
     assert accuracy(model.predict(queries), truth) == pytest.approx(accuracy(by_peer, truth), abs=0.1)
 
 
+def test_of_equal_penalties_the_strongest_is_taken():
+    features, labels = blobs(100, spread=0.1)  # which every penalty tells apart
+    model, tried = linear_probe(features, labels, seed=0)
+    perfect = [strength for strength, value in tried.items() if value == 100]
+    assert len(perfect) == 1 + linear.PATIENCE and model.strength == perfect[0]
+
+
 def test_with_one_image_a_class_nothing_is_chosen():
     features, labels = torch.eye(3), torch.arange(3)
     model, tried = linear_probe(features, labels, seed=0)
