@@ -28,19 +28,18 @@ from data2vec_vision.features import (
     refuse_not_finite,
     untrained_twin,
 )
-from data2vec_vision.findings import PIXELS, TRAINED, UNTRAINED, findings, printable, text
+from data2vec_vision.findings import PIXELS, SHOTS, TRAINED, UNTRAINED, findings, later_notes, printable, text
 from data2vec_vision.labels import labels_of
-from data2vec_vision.linear import WEAKEST, linear_probe
+from data2vec_vision.linear import linear_probe
 from data2vec_vision.pictures import confusion_picture
 from data2vec_vision.probes import accuracy, few_shot, knn_classify
-from data2vec_vision.run import caught_signals, plural, say
+from data2vec_vision.run import caught_signals, say
 from data2vec_vision.seeding import generator
 from data2vec_vision.sources import open_source
-from data2vec_vision.split import Part, Selected, labelled_images, refuse_few, stratified_split
+from data2vec_vision.split import Selected, labelled_images, refuse_few, stratified_split
 from data2vec_vision.transforms import ImageTransform
 from data2vec_vision.vit import MaskedVisionTransformer
 
-SHOTS = (1, 5, 10)
 STOPPED = "Stopped; nothing was written"
 PROTOCOL = {
     "kNN": "k = {k}, cosine similarity s, votes weighted by exp(s / 0.07)",
@@ -115,7 +114,7 @@ def evaluate(
         **dict(input_path=input_path, test_path=test_path, labels=labels, seed=seed, k=k),
         "images": {"train": len(train.images), "test": len(test.images), "unreadable": unreadable},
         "protocol": protocol,
-        "notes": images.notes + later_notes(unreadable, train, results[TRAINED]),
+        "notes": images.notes + later_notes(unreadable, train.numbers, results[TRAINED]),
         **findings(results, predicted, train.numbers, test.numbers, images.classes),
         "versions": versions(),
     }
@@ -129,25 +128,6 @@ def stop_if(signals: list[int]) -> None:
     """Raises Stopped once there are signals."""
     if signals:
         raise Stopped(signals[0], STOPPED)
-
-
-def later_notes(unreadable: Mapping[str, str], train: Part, trained: Mapping[str, Any]) -> list[str]:
-    """Sentences about what was seen only with the images read, or left out of the probes."""
-    notes = []
-    if unreadable:
-        name, reason = next(iter(unreadable.items()))
-        notes.append(
-            f"{plural(len(unreadable), 'image', 'images')} that cannot be read left out, such as {name}: {reason}"
-        )
-    if missing := [f"{n}-shot" for n in SHOTS if str(n) not in trained["few_shot"]]:
-        counts = np.bincount(train.numbers)
-        least = plural(counts[counts > 0].min(), "training image", "training images")
-        notes.append(f"{', '.join(missing)} left out: the smallest class has {least}.")
-    if not trained["held_out_accuracy"]:
-        notes.append("The linear probe's penalty is not chosen but 0.01: no class has two training images.")
-    elif trained["penalty"] <= 10.0**WEAKEST:
-        notes.append("The linear probe's penalty is the weakest that was tried.")
-    return notes
 
 
 def write(report: Mapping[str, Any], json_file: Path, picture_file: Path) -> None:
@@ -164,7 +144,10 @@ def write(report: Mapping[str, Any], json_file: Path, picture_file: Path) -> Non
         with atomic_write(json_file) as file:
             file.write((json_format.dumps(report, indent=1, allow_nan=False) + "\n").encode())
     except OSError as error:
-        raise RunFailed(f"cannot write {json_file} and {picture_file}: {one_line(error)}; make room") from error
+        raise RunFailed(
+            f"cannot write {json_file} and {picture_file}: {one_line(error)}; make room"
+            " or write elsewhere with --json and --picture"
+        ) from error
 
 
 def output_files(checkpoint: str, encoder: str, json: str | None, picture: str | None) -> tuple[Path, Path]:

@@ -7,7 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from data2vec_vision.linear import UNCHOSEN, WEAKEST
+from data2vec_vision.run import plural
+from data2vec_vision.split import listed
+
 PIXELS, UNTRAINED, TRAINED = "raw pixels", "untrained encoder", "trained encoder"
+SHOTS = (1, 5, 10)
 BEYOND = 2.0  # standard errors from which on a difference counts
 FEW_CLASSES = 13  # are all shown
 INDENT: dict[str, Any] = {"initial_indent": "  ", "subsequent_indent": "    "}
@@ -92,6 +97,24 @@ def verdict(gains: Mapping[str, Mapping[str, float]]) -> str:
     else:
         ending = "it is not better than the untrained encoder, as far as these test images can tell"
     return f"The trained encoder is {what} ({limit}): {ending}."
+
+
+def later_notes(unreadable: Mapping[str, str], train: np.ndarray, trained: Mapping[str, Any]) -> list[str]:
+    """Sentences about what was seen only with the images read, or left out of the probes."""
+    notes = []
+    if unreadable:
+        name, reason = next(iter(unreadable.items()))
+        count = plural(len(unreadable), "image", "images")
+        notes.append(f"{count} that cannot be read left out, such as {listed([name])}: {reason}")
+    if missing := [f"{n}-shot" for n in SHOTS if str(n) not in trained["few_shot"]]:
+        counts = np.bincount(train)
+        least = plural(counts[counts > 0].min(), "training image", "training images")
+        notes.append(f"{', '.join(missing)} left out: the smallest class has {least}.")
+    if not trained["held_out_accuracy"]:
+        notes.append(f"The linear probe's penalty is not chosen but {UNCHOSEN}: no class has two training images.")
+    elif trained["penalty"] <= 10.0**WEAKEST:
+        notes.append("The linear probe's penalty is the weakest that was tried.")
+    return notes
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:

@@ -1,5 +1,6 @@
 """Pictures for people: rows of small images with captions."""
 
+import contextlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -66,7 +67,7 @@ def confusion_picture(confusion: np.ndarray, classes: Sequence[str], title: str)
     """
     named = len(classes) <= NAMED_CLASSES
     side = 34 if named else max(1, 1000 // len(classes))
-    font = ImageFont.load_default(13)
+    font = font_for("".join((title, *classes)))
     names = [name if len(name) <= 24 else name[:21] + "..." for name in classes]
     margin = GAP + (max(int(font.getlength(name)) for name in names) if named else CAPTION) + GAP
     top = margin + 2 * CAPTION + 3 * GAP
@@ -89,6 +90,15 @@ def confusion_picture(confusion: np.ndarray, classes: Sequence[str], title: str)
             ImageDraw.Draw(upright).text((0, CAPTION / 2), name, INK, font, anchor="lm")
             page.paste(upright.rotate(90, expand=True), (margin + n * side + (side - CAPTION) // 2, top - margin - GAP))
     return page
+
+
+def font_for(text: str) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """Pillow's own font, which has ASCII only, or for other letters one that the system has."""
+    if not text.isascii():
+        for name in ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf", "Arial.ttf"):
+            with contextlib.suppress(OSError):
+                return ImageFont.truetype(name, 13)
+    return ImageFont.load_default(13)
 
 
 def shade(value: float, colour: tuple[int, int, int]) -> tuple[int, int, int]:
