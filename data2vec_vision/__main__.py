@@ -66,6 +66,7 @@ LAYER = (
     "Take the output of this block before the final norm, 1 the first, -1 the last.  [default: after the final norm]"
 )
 RESUME = "Go on after an interruption, from the rows kept beside --output."
+ENCODER = "Which one of a training checkpoint."
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -126,7 +127,7 @@ cli.add_command(
     type=click.Choice(["student", "teacher"]),
     default="student",
     show_default=True,
-    help="Which one of a training checkpoint.",
+    help=ENCODER,
 )
 @click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images in one forward pass.")
 @click.option("--workers", type=click.IntRange(0), help="Processes that read images.  [default: from the cores]")
@@ -214,6 +215,41 @@ def scan(input_path: str, debug: bool, **options: Any) -> None:
     from data2vec_vision.scan import scan
 
     scan(input_path, **options)
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.argument("input_path")
+@click.option("--labels", metavar="FILE", help="A csv with the columns path and label.  [default: the class folders]")
+@click.option("--test-path", metavar="DIR", help="The test images.  [default: a share of those in INPUT_PATH]")
+@click.option("--test-pct", type=float, default=0.2, show_default=True, help="That share, of every class.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of everything random.")
+@click.option("--k", type=click.IntRange(1), default=20, show_default=True, help="Neighbours that vote in kNN.")
+@click.option("--pool", type=click.Choice(["mean", "cls"]), help="One vector an image.  [default: the method's]")
+@click.option(
+    "--encoder", type=click.Choice(["student", "teacher"]), default="student", show_default=True, help=ENCODER
+)
+@click.option("--no-floors", is_flag=True, help="Leave out the untrained encoder and raw pixels, to be quick.")
+@click.option("--json", metavar="FILE", help="Where to write all figures.  [default: beside CHECKPOINT]")
+@click.option("--picture", metavar="FILE", help="Where to draw the confusion matrix.  [default: beside CHECKPOINT]")
+@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images in one forward pass.")
+@click.option("--workers", type=click.IntRange(0), help="Processes that read images.  [default: from the cores]")
+@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps, ...  [default: the best present]")
+@click.option(
+    "--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Of the forward pass."
+)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def evaluate(checkpoint: str, input_path: str, no_floors: bool, debug: bool, **options: Any) -> None:
+    """Judge the encoder in the file CHECKPOINT by the labelled images below INPUT_PATH: what has it learned?
+
+    \b
+    python -m data2vec_vision evaluate student_99.pt photos/
+    python -m data2vec_vision evaluate student_99.pt photos/ --labels labels.csv
+    python -m data2vec_vision evaluate student_99.pt photos/train --test-path photos/test
+    """
+    from data2vec_vision.evaluate import evaluate
+
+    evaluate(checkpoint, input_path, floors=not no_floors, **options)
 
 
 @cli.command()

@@ -14,7 +14,7 @@ from data2vec_vision.checkpoint import atomic_write
 from data2vec_vision.config import TrainConfig
 from data2vec_vision.errors import InputError
 from data2vec_vision.extract import extract, feature_function, image_loader
-from data2vec_vision.pictures import Tile, grid
+from data2vec_vision.pictures import RIGHT, WRONG, Tile, grid
 from data2vec_vision.plan import prepare
 from data2vec_vision.probes import accuracy, knn_classify
 from data2vec_vision.run import PROGRAM, duration, say
@@ -24,7 +24,6 @@ from data2vec_vision.train import train
 from data2vec_vision.vit import MaskedVisionTransformer
 
 HELD_OUT = 160  # of the 200 images of a class, those from this number on are held out
-RIGHT, WRONG = (60, 160, 80), (215, 70, 60)
 NEIGHBOURS = 5
 MARK = ".made-by-the-demo"  # a file of this name says that the folder may be used again
 

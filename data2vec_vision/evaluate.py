@@ -1,25 +1,215 @@
 """How good an encoder's features are, told by labels that training never saw."""
 
+import json as json_format
 import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
-from data2vec_vision.errors import InputError
+from data2vec_vision.checkpoint import atomic_write, load_encoder
+from data2vec_vision.device import device_name, find_device, versions
+from data2vec_vision.errors import InputError, RunFailed, Stopped, one_line
 from data2vec_vision.extract import feature_function, image_loader
-from data2vec_vision.features import Selected
-from data2vec_vision.labels import labels_of, stratified_split
-from data2vec_vision.probes import accuracy, knn_classify
-from data2vec_vision.run import say
+from data2vec_vision.features import (
+    check_room,
+    one_pass,
+    pixel_shape,
+    raw_pixels,
+    refuse_broken,
+    refuse_not_finite,
+    untrained_twin,
+)
+from data2vec_vision.findings import PIXELS, SHOTS, TRAINED, UNTRAINED, findings, later_notes, printable, text
+from data2vec_vision.labels import labels_of
+from data2vec_vision.linear import linear_probe
+from data2vec_vision.pictures import confusion_picture
+from data2vec_vision.probes import accuracy, few_shot, knn_classify
+from data2vec_vision.run import caught_signals, say
 from data2vec_vision.seeding import generator
 from data2vec_vision.sources import open_source
+from data2vec_vision.split import Selected, labelled_images, refuse_few, stratified_split
 from data2vec_vision.transforms import ImageTransform
 from data2vec_vision.vit import MaskedVisionTransformer
 
+STOPPED = "Stopped; nothing was written"
+PROTOCOL = {
+    "kNN": "k = {k}, cosine similarity s, votes weighted by exp(s / 0.07)",
+    "linear": "logistic regression on features standardised by the training part; its L2 penalty is the power of ten "
+    "that does best on a held-out fifth of the training part, all of which then trains it",
+    "n-shot": "nearest class mean by cosine after centring (SimpleShot, CL2N) with n labelled images a class, "
+    "mean ± standard deviation of 20 draws",
+}
 BATCH = 64  # images in a forward pass of KnnProbe
 KEPT_BYTES = 10**9  # of decoded images that KnnProbe keeps in memory
+
+
+def evaluate(
+    checkpoint: str,
+    input_path: str,
+    labels: str | None = None,
+    test_path: str | None = None,
+    test_pct: float = 0.2,
+    seed: int = 0,
+    k: int = 20,
+    pool: str | None = None,
+    encoder: str = "student",
+    batch_size: int = 64,
+    workers: int | None = None,
+    device: str | None = None,
+    precision: str = "fp32",
+    floors: bool = True,
+    json: str | None = None,
+    picture: str | None = None,
+) -> dict[str, Any]:
+    """Judge the encoder in `checkpoint` by labelled images, print the findings and write them to files.
+
+    The labels of the images below `input_path` are their class folders, or the csv `labels`; the test images are
+    those below `test_path`, or a stratified share `test_pct` of the others. Returns what the file `json` holds;
+    `picture` is the confusion matrix; both are written beside the checkpoint by default. Without `floors` the
+    untrained encoder and raw pixels are left out. Raises InputError, RunFailed, and Stopped after a signal.
+    """
+    files = output_files(checkpoint, encoder, json, picture)
+    where = find_device(device)
+    model, content = load_encoder(checkpoint, "cpu", encoder)
+    model.check_pool(pool or model.pool)
+    refuse_broken(model, checkpoint)
+    images = labelled_images(input_path, labels, test_path, test_pct, seed)
+    refuse_few(images.train, k, input_path)
+    protocol = {"split": images.split, **PROTOCOL, "kNN": PROTOCOL["kNN"].format(k=k)}
+    encoders = {TRAINED: model}
+    if floors:
+        twin, protocol[UNTRAINED] = untrained_twin(model, content, seed)
+        _, height, width = pixel_shape(model.transform.image_size)
+        protocol[PIXELS] = f"the images at {height} x {width} pixels, {3 * height * width:,} numbers"
+        encoders = {UNTRAINED: twin, TRAINED: model}
+    compute: dict[str, Callable[[Tensor], Tensor]] = {PIXELS: raw_pixels} if floors else {}
+    compute |= {name: feature_function(e.to(where), where, pool, None, precision) for name, e in encoders.items()}
+    check_room(sum(len(part.images) for part in images.parts), model, floors)
+    with caught_signals() as signals:
+        tick = partial(stop_if, signals)
+        loaders = [
+            image_loader(part.images, model.transform, batch_size, workers, pin=where.type == "cuda")
+            for part in images.parts
+        ]
+        (features, bad), (test_features, bad_test) = (one_pass(loader, compute, tick) for loader in loaders)
+        train, test = images.train.without(bad), images.test.without(bad_test)
+        refuse_not_finite(features[TRAINED], test_features[TRAINED], checkpoint)
+        refuse_few(train, k, input_path)
+        numbers = torch.from_numpy(train.numbers), torch.from_numpy(test.numbers)
+        results, predicted = probe_all(features, test_features, *numbers, k, seed, where, tick)
+    unreadable = images.train.reasons(bad) | images.test.reasons(bad_test)
+    report = {
+        "checkpoint": checkpoint,
+        **{name: content.get(name) for name in ("method", "epoch", "step")},
+        **dict(encoder=encoder, pool=pool or model.pool, precision=precision, device=device_name(where)),
+        **dict(input_path=input_path, test_path=test_path, labels=labels, seed=seed, k=k),
+        "images": {"train": len(train.images), "test": len(test.images), "unreadable": unreadable},
+        "protocol": protocol,
+        "notes": images.notes + later_notes(unreadable, train.numbers, results[TRAINED]),
+        **findings(results, predicted, train.numbers, test.numbers, images.classes),
+        "versions": versions(),
+    }
+    write(report, *files)
+    say(text(report))
+    say(f"\nWrote {files[0]} and {files[1]}.")
+    return report
+
+
+def stop_if(signals: list[int]) -> None:
+    """Raises Stopped once there are signals."""
+    if signals:
+        raise Stopped(signals[0], STOPPED)
+
+
+def write(report: Mapping[str, Any], json_file: Path, picture_file: Path) -> None:
+    """Write the report as JSON and the confusion matrix as PNG. Raises RunFailed when the disk does not take them."""
+    title = (
+        f"{printable(Path(report['checkpoint']).name)}: linear probe on {report['images']['test']:,} test images, "
+        f"{report['results'][TRAINED]['linear']:.1f} % right"
+    )
+    try:
+        with atomic_write(picture_file) as file:
+            confusion_picture(np.array(report["confusion"]), [printable(c) for c in report["classes"]], title).save(
+                file, "PNG"
+            )
+        with atomic_write(json_file) as file:
+            file.write((json_format.dumps(report, indent=1, allow_nan=False) + "\n").encode())
+    except OSError as error:
+        raise RunFailed(
+            f"cannot write {json_file} and {picture_file}: {one_line(error)}; make room"
+            " or write elsewhere with --json and --picture"
+        ) from error
+
+
+def output_files(checkpoint: str, encoder: str, json: str | None, picture: str | None) -> tuple[Path, Path]:
+    """Where to write, by default beside the checkpoint. Raises InputError where that is not possible."""
+    stem = Path(checkpoint).with_suffix("" if encoder == "student" else f".{encoder}")
+    files = []
+    for option, given, ending in (("--json", json, ".evaluation.json"), ("--picture", picture, ".confusion.png")):
+        target = Path(given or f"{stem}{ending}")
+        if target.is_dir():
+            raise InputError(f"{option} {target} is a folder; give a file")
+        if not target.parent.is_dir():
+            raise InputError(f"{option} {target}: there is no folder {target.parent}; make it first")
+        if not os.access(target.parent, os.W_OK):
+            other = "" if given else "; say where to write with --json and --picture"
+            raise InputError(f"{option} {target}: the folder {target.parent} cannot be written to{other}")
+        files.append(target)
+    if files[0].resolve() == files[1].resolve():
+        raise InputError(f"--json and --picture are both {files[0]}; give two files")
+    if files[1].suffix.lower() != ".png":
+        raise InputError(f"--picture {files[1]} must end in .png")
+    return files[0], files[1]
+
+
+def probe_all(
+    train: Mapping[str, Tensor],
+    test: Mapping[str, Tensor],
+    labels: Tensor,
+    test_labels: Tensor,
+    k: int,
+    seed: int,
+    device: torch.device,
+    tick: Callable[[], None],
+) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
+    """All probes of all features, by name [N, D] and [Q, D]: figures, and predictions [Q] of kNN and linear probe."""
+    results: dict[str, Any] = {}
+    predicted: dict[str, dict[str, np.ndarray]] = {}
+    shots = [n for n in SHOTS if n <= int(labels.bincount()[labels.unique()].min())]
+    stages = tqdm(total=len(train) * (2 + len(shots)), unit="probe", disable=not sys.stderr.isatty(), leave=False)
+    with stages:
+        for name, features in train.items():
+            queries = test[name]
+            near, _ = knn_classify(features, labels, queries, k, device=device, tick=tick)
+            stages.update()
+            classifier, tried = linear_probe(features, labels, seed, device, tick)
+            straight = classifier.predict(queries, device, tick)
+            stages.update()
+            few = {}
+            for n in shots:
+                draws = torch.tensor(
+                    few_shot(features, labels, queries, test_labels, n, seed, device=device, tick=tick)
+                )
+                few[str(n)] = {"mean": draws.mean().item(), "sd": draws.std().item()}
+                stages.update()
+            results[name] = {
+                "knn": accuracy(near, test_labels),
+                "linear": accuracy(straight, test_labels),
+                "few_shot": few,
+                "penalty": classifier.strength,
+                "held_out_accuracy": {f"{strength:g}": value for strength, value in tried.items()},
+            }
+            predicted[name] = {"knn": near.numpy(), "linear": straight.numpy()}
+    return results, predicted
 
 
 class KnnProbe:

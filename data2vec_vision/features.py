@@ -1,24 +1,143 @@
 """Features of chosen images by several encoders in one pass over the files, kept on the disk and not in memory."""
 
-from collections.abc import Sequence
-from typing import BinaryIO
+import math
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
-from data2vec_vision.sources import ImageFolder
+from data2vec_vision import methods
+from data2vec_vision.errors import InputError, RunFailed, one_line
+from data2vec_vision.probes import chunks
+from data2vec_vision.run import size
+from data2vec_vision.seeding import seeded
+from data2vec_vision.vit import MaskedVisionTransformer, build_vit
+
+PIXEL_SIDE = 32  # pixels, the most that an image's side has as raw pixels
 
 
-class Selected(ImageFolder):
-    """Some images of a source, in the order of `indices`, as a source of their own."""
+class FeatureFile:
+    """float32 rows in a temporary file without a name, which is gone however the program ends."""
 
-    def __init__(self, source: ImageFolder, indices: Sequence[int] | np.ndarray):
-        self.source, self.indices, self.root = source, indices, source.root
+    def __init__(self) -> None:
+        self._file, self._shape = tempfile.TemporaryFile(), [0, 0]
 
-    def __len__(self) -> int:
-        return len(self.indices)
+    def add(self, rows: Tensor) -> None:
+        """Append [n, D]. Raises RunFailed when the disk does not take them."""
+        try:
+            self._file.write(rows.numpy().astype(np.float32, copy=False).tobytes())
+        except OSError as error:
+            where = f"the folder for temporary files, {tempfile.gettempdir()}"
+            raise RunFailed(f"cannot write features to {where}: {one_line(error)}; make room or set TMPDIR") from error
+        self._shape = [self._shape[0] + len(rows), rows.shape[1]]
 
-    def name(self, index: int) -> str:
-        return self.source.name(int(self.indices[index]))
+    def tensor(self) -> Tensor:
+        """All rows [N, D], mapped from the file: the system reads them when they are looked at."""
+        self._file.flush()
+        return torch.from_numpy(np.memmap(self._file, np.float32, "r+", shape=tuple(self._shape)))
 
-    def open(self, index: int) -> BinaryIO:
-        return self.source.open(int(self.indices[index]))
+
+def check_room(count: int, model: MaskedVisionTransformer, floors: bool) -> None:
+    """Raises InputError unless the features of so many images fit into the folder for temporary files."""
+    width = model.embed_dim + (model.embed_dim + math.prod(pixel_shape(model.transform.image_size))) * floors
+    place, needed = tempfile.gettempdir(), 4 * count * width
+    if needed > (free := shutil.disk_usage(place).free):
+        raise InputError(
+            f"the features take {size(needed)}, but {place} has only {size(free)} free; "
+            f"set TMPDIR to another folder{' or give --no-floors' if floors else ''}"
+        )
+
+
+def one_pass(
+    loader: DataLoader, compute: Mapping[str, Callable[[Tensor], Tensor]], tick: Callable[[], None]
+) -> tuple[dict[str, Tensor], dict[int, str]]:
+    """Features of the readable images by each function of `compute`, uint8 [B, 3, H, W] -> [B, D], and the bad files.
+
+    Returns [N, D] by name and, by index, why an image cannot be read. `tick` is called after every batch.
+    """
+    files, total = {name: FeatureFile() for name in compute}, len(loader.dataset)  # type: ignore[arg-type]
+    bad: dict[int, str] = {}
+    with tqdm(total=total, unit="image", dynamic_ncols=True, disable=not sys.stderr.isatty(), leave=False) as bar:
+        for pixels, unreadable in loader:
+            bad |= unreadable
+            if pixels is not None:
+                for name, function in compute.items():
+                    files[name].add(function(pixels))
+            bar.update(len(unreadable) + (0 if pixels is None else len(pixels)))
+            tick()
+    if len(bad) == total:
+        raise InputError(f"none of the {total:,} images can be read; the first: {next(iter(bad.values()))}")
+    return {name: file.tensor() for name, file in files.items()}, bad
+
+
+def refuse_broken(model: MaskedVisionTransformer, checkpoint: str) -> None:
+    """Raises InputError for weights that are not finite."""
+    if broken := [name for name, weights in model.vit.state_dict().items() if not weights.isfinite().all()]:
+        raise InputError(f"{checkpoint} is broken: {broken[0]} is not finite; take an earlier checkpoint of the run")
+
+
+def refuse_not_finite(train: Tensor, test: Tensor, checkpoint: str) -> None:
+    """Raises InputError where the features [N, D] of some images are not finite."""
+    broken = sum(int((~f[part].isfinite().all(dim=1)).sum()) for f in (train, test) for part in chunks(f))
+    if broken:
+        raise InputError(
+            f"the features of {broken:,} of {len(train) + len(test):,} images are not finite: {checkpoint} is broken; "
+            "take an earlier checkpoint of the run"
+        )
+
+
+def pixel_shape(image_size: tuple[int, int]) -> tuple[int, int, int]:
+    """(3, H, W) of the raw pixels of images of that size: theirs, but at most PIXEL_SIDE a side."""
+    height, width = (min(PIXEL_SIDE, side) for side in image_size)
+    return 3, height, width
+
+
+def raw_pixels(pixels: Tensor) -> Tensor:
+    """uint8 images [B, 3, H, W] -> float32 [B, 3*h*w], shrunk to `pixel_shape` where they are larger."""
+    _, *shape = pixel_shape((pixels.shape[2], pixels.shape[3]))
+    values = pixels.float()
+    if shape != list(pixels.shape[2:]):
+        values = F.interpolate(values, shape, mode="bilinear", antialias=True)
+    return values.flatten(1)
+
+
+def untrained_twin(
+    trained: MaskedVisionTransformer, content: Mapping[str, Any], seed: int
+) -> tuple[MaskedVisionTransformer, str]:
+    """The encoder before its first step, or one like it, and in words which of the two.
+
+    `content` is that of its file. A run draws its first weights under its seed; where the file knows the
+    run and it began from drawn weights, these are drawn again, by the same versions the very same ones.
+    """
+    config, described = content.get("config") or {}, content["encoder"]
+    model, arguments = described["model"], described["arguments"]
+    initialize, say_which = None, f"weights drawn with seed {config.get('seed', seed)}"
+    try:
+        method = methods.find(content["method"])
+        initialize = method.initialize
+        if config.get("model"):  # with timm's own parts behind the blocks, which draw numbers too
+            model, arguments = (
+                config["model"],
+                {"img_size": arguments["img_size"], **method.encoder_arguments(config["pretrained"])},
+            )
+    except InputError:
+        say_which += f", by timm's initialisation, for the method {content['method']} is not there"
+    with seeded(config.get("seed", seed), "weights"):
+        vit = build_vit(model, **arguments)
+        if initialize is not None:
+            initialize(vit)
+    twin = MaskedVisionTransformer(vit).eval()
+    twin.transform, twin.pool = trained.transform, trained.pool
+    if config.get("init") or config.get("pretrained"):
+        say_which += "; the run itself began from other weights"
+    elif config and initialize is not None:
+        say_which += ", those that the run began from"
+    return twin, say_which

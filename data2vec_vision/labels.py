@@ -1,17 +1,15 @@
-"""The labels of images, by their class folders or a csv file, and the split into training and test images."""
+"""The labels of images, by their class folders or a csv file."""
 
 import csv
 import os
 import posixpath
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from data2vec_vision.errors import InputError, one_line
-from data2vec_vision.seeding import generator
 from data2vec_vision.sources import ImageFolder
 
 UNLABELLED = -1
@@ -25,8 +23,9 @@ class Labels:
     classes: list[str]  # sorted; by value where all are whole numbers
     numbers: np.ndarray  # int64 [N]: an index into `classes`, or UNLABELLED
     unknown: list[str]  # classes that only other images have; their images count as unlabelled
-    matched: int = 0  # rows of the labels file that name an image of the source
-    rows: int = 0  # rows of the labels file
+    of_unknown: int  # how many images these are
+    rows: int = 0  # of the labels file
+    used_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # those that name an image
 
     def counts(self) -> np.ndarray:
         """int64 [classes]: images of each class."""
@@ -40,29 +39,29 @@ def labels_of(source: ImageFolder, labels_file: str | None = None, classes: list
     folder, with forward slashes. `classes` are those that count, by default all that are found. Raises
     InputError for a file that cannot be used, and where no image has a label.
     """
+    rows = 0
+    used: list[int] = []
     if labels_file is None:
-        rows = matched = 0
-        words = [folder if slash else None for folder, slash, _ in map(_parted, _names(source))]
+        words = [_first_folder(name) for name in _names(source)]
         refuse_unlabelled(source, words)
     else:
-        words, rows = _from_csv(source, labels_file)
-        matched = sum(word is not None for word in words)
-        words = [word or None for word in words]
-        if not any(words):
-            raise InputError(f"no image of {source.root} has a label in {labels_file}: the column label is empty there")
+        words, rows, used = _from_csv(source, labels_file)
     found = in_order({word for word in words if word is not None})
     classes = found if classes is None else classes
     number = {name: n for n, name in enumerate(classes)}
     numbers = np.fromiter((number.get(word, UNLABELLED) for word in words), np.int64, len(words))
-    return Labels(classes, numbers, [name for name in found if name not in number], matched, rows)
+    unknown = [name for name in found if name not in number]
+    of_unknown = sum(word is not None for word in words) - int((numbers != UNLABELLED).sum())
+    return Labels(classes, numbers, unknown, of_unknown, rows, np.array(used, np.int64))
 
 
 def _names(source: ImageFolder) -> Iterator[str]:
     return (source.name(index) for index in range(len(source)))
 
 
-def _parted(name: str) -> tuple[str, str, str]:
-    return name.partition("/")
+def _first_folder(name: str) -> str | None:
+    folder, slash, _ = name.partition("/")
+    return folder if slash else None
 
 
 def refuse_unlabelled(source: ImageFolder, folders: list[str | None]) -> None:
@@ -88,27 +87,32 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=(lambda name: (int(name), name)) if whole else None)
 
 
-def _from_csv(source: ImageFolder, labels_file: str) -> tuple[list[str | None], int]:
-    """Of every image the label in the file, or None; and how many rows the file has."""
+def _from_csv(source: ImageFolder, labels_file: str) -> tuple[list[str | None], int, list[int]]:
+    """Of every image the label in the file, or None; how many rows the file has, and which of them name an image."""
     position = {name: index for index, name in enumerate(_names(source))}
     words: list[str | None] = [None] * len(source)
-    rows, first = 0, ""
-    for line, path, label in read_csv(labels_file):
-        rows, first = rows + 1, first or path
+    used: list[int] = []
+    row, first = -1, ""
+    for row, (line, path, label) in enumerate(read_csv(labels_file)):
+        first = first or path
         index = position.get(_relative(path, source.root))
         if index is None:
             continue
         if words[index] not in (None, label):
             raise InputError(f"{labels_file}, line {line}: {path} is {label!r} here and {words[index]!r} further up")
         words[index] = label
-    if rows == 0:
+        used.append(row)
+    if row < 0:
         raise InputError(f"{labels_file} has a header but no rows")
-    if all(word is None for word in words):
+    if not used:
         raise InputError(
-            f"none of the {rows:,} paths in {labels_file} is an image of {source.root}: the file has {first!r}, "
+            f"none of the {row + 1:,} paths in {labels_file} is an image of {source.root}: the file has {first!r}, "
             f"the folder {source.name(0)!r}; paths must be relative to the folder, or absolute"
         )
-    return words, rows
+    words = [word or None for word in words]
+    if not any(words):
+        raise InputError(f"no image of {source.root} has a label in {labels_file}: the column label is empty there")
+    return words, row + 1, used
 
 
 def _relative(path: str, root: str) -> str:
@@ -140,20 +144,3 @@ def read_csv(path: str) -> Iterator[tuple[int, str, str]]:
                 yield table.line_num, row[at_path], row[at_label].strip()
     except (OSError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as csv: {one_line(error)}") from error
-
-
-def stratified_split(numbers: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the images that stay and of those that are held out, both sorted; unlabelled ones are in neither.
-
-    numbers int64 [N]: class numbers or UNLABELLED. Of every class about `share` in (0, 1) is held out, at least
-    one image stays and, where there are two, at least one is held out. A function of numbers, share and seed.
-    """
-    order = torch.randperm(len(numbers), generator=generator(seed, "split")).numpy()
-    order = order[numbers[order] != UNLABELLED]
-    order = order[np.argsort(numbers[order], kind="stable")]
-    classes = numbers[order]
-    counts = np.bincount(classes)
-    rank = np.arange(len(order)) - (np.cumsum(counts) - counts)[classes]  # of an image in its class
-    n_held = np.where(counts > 1, np.clip(np.round(counts * share), 1, np.maximum(counts - 1, 1)), 0)
-    held = rank < n_held[classes]
-    return np.sort(order[~held]), np.sort(order[held])

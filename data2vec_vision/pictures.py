@@ -1,13 +1,17 @@
 """Pictures for people: rows of small images with captions."""
 
+import contextlib
 from collections.abc import Sequence
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 BACKGROUND, INK = (250, 250, 250), (40, 40, 40)
+RIGHT, WRONG = (60, 160, 80), (215, 70, 60)
 GAP, CAPTION = 6, 18  # pixels
+NAMED_CLASSES = 40  # with more the names of a confusion matrix could not be read
 
 Tile = tuple[Image.Image, str, tuple[int, int, int] | None]  # image, caption, colour of its frame if any
 
@@ -54,3 +58,50 @@ def masked(view: Tensor, patch_size: int, masks: dict[str, Tensor]) -> Image.Ima
         y, x = index // columns * patch_size, index % columns * patch_size
         image[:, y : y + patch_size, x : x + patch_size] = 128
     return to_pil_image(image)
+
+
+def confusion_picture(confusion: np.ndarray, classes: Sequence[str], title: str) -> Image.Image:
+    """A matrix of counts [C, C], a row a true class, as per cent of the row; right ones green, wrong ones red.
+
+    Up to NAMED_CLASSES classes have their names, and numbers in the cells.
+    """
+    named = len(classes) <= NAMED_CLASSES
+    side = 34 if named else max(1, 1000 // len(classes))
+    font = font_for("".join((title, *classes)))
+    names = [name if len(name) <= 24 else name[:21] + "..." for name in classes]
+    margin = GAP + (max(int(font.getlength(name)) for name in names) if named else CAPTION) + GAP
+    top = margin + 2 * CAPTION + 3 * GAP
+    lines = (title, "rows: the true class; columns: what it was taken for; in per cent of the row")
+    width = max(margin + side * len(classes), *(int(font.getlength(line)) + GAP for line in lines)) + 2 * GAP
+    page = Image.new("RGB", (width, top + side * len(classes) + 2 * GAP), BACKGROUND)
+    draw = ImageDraw.Draw(page)
+    for n, line in enumerate(lines):
+        draw.text((GAP, GAP + n * CAPTION), line, INK, font)
+    share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    for r, c in np.ndindex(share.shape):
+        x, y, value = margin + c * side, top + r * side, float(share[r, c])
+        draw.rectangle((x, y, x + side - 1, y + side - 1), shade(value, RIGHT if r == c else WRONG))
+        if named and value >= 0.005:
+            draw.text((x + side / 2, y + side / 2), f"{100 * value:.0f}", INK, font, anchor="mm")
+    if named:
+        for n, name in enumerate(names):
+            draw.text((margin - GAP, top + n * side + side / 2), name, INK, font, anchor="rm")
+            upright = Image.new("RGB", (margin, CAPTION), BACKGROUND)
+            ImageDraw.Draw(upright).text((0, CAPTION / 2), name, INK, font, anchor="lm")
+            page.paste(upright.rotate(90, expand=True), (margin + n * side + (side - CAPTION) // 2, top - margin - GAP))
+    return page
+
+
+def font_for(text: str) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """Pillow's own font, which has ASCII only, or for other letters one that the system has."""
+    if not text.isascii():
+        for name in ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf", "Arial.ttf"):
+            with contextlib.suppress(OSError):
+                return ImageFont.truetype(name, 13)
+    return ImageFont.load_default(13)
+
+
+def shade(value: float, colour: tuple[int, int, int]) -> tuple[int, int, int]:
+    """From white at 0 to `colour` at 1; the root lets small shares be seen."""
+    red, green, blue = (round(255 + (c - 255) * value**0.5) for c in colour)
+    return red, green, blue

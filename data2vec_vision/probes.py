@@ -1,16 +1,20 @@
-"""How good features are, told by labels that training never saw: kNN, a linear probe, few-shot classification.
+"""How good features are, told by labels that training never saw: nearest neighbours and nearest class means.
 
 Pure functions of tensors. N features and Q queries, both [*, D]; they stay where they are, also in a memory-mapped
 file, and are moved to `device` a chunk at a time, so that memory does not grow with their number.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from data2vec_vision.seeding import generator
+
 QUERY_CHUNK, BANK_CHUNK = 1024, 16384  # rows: 64 MB of similarities
+CHUNK_VALUES = 2**24  # of features that are looked at at a time: 64 MB
+DRAWS = 20  # of the labelled images of few-shot classification
 
 
 def nothing() -> None:
@@ -63,6 +67,71 @@ def nearest(queries: Tensor, features: Tensor, k: int, bank_chunk: int) -> tuple
     return best, where
 
 
+def chunks(features: Tensor) -> Iterator[slice]:
+    """Slices of the rows with at most CHUNK_VALUES values each."""
+    step = max(1, CHUNK_VALUES // features[0].numel())
+    return (slice(start, start + step) for start in range(0, len(features), step))
+
+
+def mean_of(features: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The mean [D] of features [N, D], weighted by `weights` [N] where given; float64, on the CPU."""
+    weights = torch.ones(len(features), device=features.device) if weights is None else weights
+    total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
+    for part in chunks(features):
+        total += weights[part].double() @ features[part].double()
+    return (total / weights.double().sum()).cpu()
+
+
 def accuracy(predicted: Tensor, labels: Tensor) -> float:
     """The share of labels [Q] that were predicted, in per cent."""
     return 100 * (predicted == labels).float().mean().item()
+
+
+@torch.no_grad()
+def few_shot(
+    features: Tensor,
+    labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    shots: int,
+    seed: int,
+    draws: int = DRAWS,
+    device: torch.device | None = None,
+    tick: Callable[[], None] = nothing,
+) -> list[float]:
+    """Accuracy in per cent of the nearest class mean with `shots` labelled images a class, for each of `draws` draws.
+
+    SimpleShot with CL2N (Wang et al. 2019): all features [N, D] and queries [Q, D] are centred on the mean of the
+    features and scaled to length 1; a class is the mean of its images; the nearest by cosine wins. The images are
+    drawn under `seed`; with more shots the same ones and more. Raises ValueError where a class has fewer images.
+    """
+    device, classes = device or features.device, labels.unique()
+    if int(labels.bincount()[classes].min()) < shots:
+        raise ValueError(f"a class has fewer than {shots} images")
+    centre = mean_of(features).to(device).float()
+
+    def placed(rows: Tensor) -> Tensor:
+        return F.normalize(rows.to(device).float() - centre, dim=1)
+
+    means = []
+    for draw in range(draws):
+        chosen = first_of_each_class(labels, shots, generator(seed, "shots", draw))  # [C, shots]
+        rows = placed(features[chosen.flatten()]).view(len(classes), shots, -1)
+        means.append(F.normalize(rows.mean(dim=1), dim=1))
+    right = torch.zeros(draws)
+    for part in chunks(queries):
+        query, truth = placed(queries[part]), query_labels[part]
+        for draw, mean in enumerate(means):
+            predicted = classes[(query @ mean.T).argmax(dim=1).to(classes.device)]
+            right[draw] += (predicted == truth).sum().cpu()
+        tick()
+    return (100 * right / len(queries)).tolist()
+
+
+def first_of_each_class(labels: Tensor, count: int, random: torch.Generator) -> Tensor:
+    """Indices [C, count] of images of each class in `labels` [N], the first `count` of a random order."""
+    order = torch.randperm(len(labels), generator=random)
+    order = order[labels[order].sort(stable=True).indices]
+    counts = labels.bincount()
+    starts = (counts.cumsum(0) - counts)[counts > 0]
+    return order[starts.unsqueeze(1) + torch.arange(count)]
