@@ -65,7 +65,7 @@ def check_output(output: str, format: str) -> Path:
         if target.is_dir():
             raise InputError(f"--output {output} is a folder; give a file")
         if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
-            raise InputError(f"--format onnx needs {' and '.join(missing)}: pip install 'data2vec_vision[onnx]'")
+            raise InputError(f"--format onnx needs {' and '.join(missing)}: pip install onnx onnxscript onnxruntime")
     elif target.exists() and not target.is_dir():
         raise InputError(f"--output {output} is a file, but --format {format} writes a folder; give another name")
     elif target.is_dir() and not may_be_replaced(target):

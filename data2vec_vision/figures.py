@@ -18,6 +18,7 @@ from data2vec_vision.sources import ImageFolder, read_image
 from data2vec_vision.vit import MaskedVisionTransformer
 
 EXAMPLES = 6  # images in a picture
+CROWD = 48  # images whose patch features are compared
 SIDE = 112  # pixels of a tile
 MAP_SIDE, THUMBNAIL = 960, 44  # pixels of the map of embeddings and of an image on it
 
@@ -49,13 +50,14 @@ def draw_views(job: Job) -> Image.Image:
 
 
 def examples(source: ImageFolder) -> list[Image.Image]:
-    """Some readable images, always the same ones."""
+    """Up to CROWD readable images, always the same ones; the first EXAMPLES, too, are from all over the source."""
     N, found = len(source), []
-    for index in torch.linspace(0, N - 1, min(4 * EXAMPLES, N)).long().tolist():
+    for index in torch.linspace(0, N - 1, min(CROWD, N)).long().tolist():
         image = read_image(source, index)
         if isinstance(image, Image.Image):
             found.append(image)
-    return found[:: max(1, len(found) // EXAMPLES)][:EXAMPLES]
+    spread = range(0, len(found), max(1, len(found) // EXAMPLES))[:EXAMPLES]
+    return [found[i] for i in spread] + [image for i, image in enumerate(found) if i not in spread]
 
 
 Encoders = Sequence[tuple[str, MaskedVisionTransformer]]  # with what to call each
@@ -65,30 +67,32 @@ Encoders = Sequence[tuple[str, MaskedVisionTransformer]]  # with what to call ea
 def draw_patch_features(encoders: Encoders, images: Sequence[Image.Image]) -> Image.Image:
     """A row an image, a column an encoder: three principal components of its patch features as red, green and blue.
 
-    The components are those of all patches of all `images`; patches of one colour are alike to the encoder.
+    The components are those of all patches of all `images`, of which the first EXAMPLES are drawn. What a place has in
+    all of them is taken off: it would cover the rest.
     """
     columns, before = [], None
     for _, encoder in encoders:
-        before = principal_colours(encoder.encode(batch(encoder, images)).tokens, before)
+        tokens = encoder.encode(batch(encoder, images)).tokens
+        before = principal_colours(tokens - tokens.mean(dim=0) if len(images) > EXAMPLES else tokens, before)
         columns.append(before)
-    return draw_maps(encoders, images, columns)
+    return draw_maps(encoders, images[:EXAMPLES], columns)
 
 
 @torch.inference_mode()
 def draw_attention(encoders: Encoders, images: Sequence[Image.Image]) -> Image.Image | None:
     """A row an image, a column an encoder: how much its last block attends to each patch, the mean over heads.
 
-    From the class token, or where there is none from all patches. None for blocks of another kind.
+    From the class token where that is the feature, else from all patches. None for blocks of another kind.
     """
     columns = []
     for _, encoder in encoders:
-        attention = encoder.attention(batch(encoder, images))
+        attention = encoder.attention(batch(encoder, images[:EXAMPLES]))
         if attention is None:
             return None
         heat = attention.mean(dim=1)
         heat = heat / heat.amax(dim=1, keepdim=True)
         columns.append(torch.stack([heat, heat.square(), 0.25 * (1 - heat)], dim=2))
-    return draw_maps(encoders, images, columns)
+    return draw_maps(encoders, images[:EXAMPLES], columns)
 
 
 def batch(encoder: MaskedVisionTransformer, images: Sequence[Image.Image]) -> Tensor:

@@ -19,6 +19,7 @@ from data2vec_vision.device import find_device
 from data2vec_vision.errors import InputError
 from data2vec_vision.extract import feature_function
 from data2vec_vision.figures import (
+    EXAMPLES,
     Encoders,
     draw_attention,
     draw_embedding_map,
@@ -38,8 +39,8 @@ EPOCHS = 4  # columns of the maps beside the untrained encoder
 
 VIEWS = "A row an image: the image, its views, and what of the first view the student gets. Every epoch draws others."
 MAPS = (
-    "A row an image, a column a saved encoder. The first three principal components of the patch features, as red, "
-    "green and blue: what has one colour is alike to the encoder. Things and their parts should come to stand out."
+    "A row an image, a column a saved encoder. The first three principal components of the patch features, less what "
+    "their place has in all images, as red, green and blue: what has one colour is alike to the encoder."
 )
 ATTENTION = "How much the last block attends to each patch, the mean over heads; bright is much."
 NEIGHBOURS = "Left: an image of the training set. Right: those nearest to it by cosine of their features."
@@ -71,7 +72,7 @@ def draw_pictures(
     images = examples(job.source)
     for _, encoder in encoders:
         encoder.to(where)
-    pictures += reconstruction(folder, job, images)
+    pictures += reconstruction(folder, job, images[:EXAMPLES])
     pictures += patch_maps(encoders, images)
     rate = next((line["images_per_second"] for line in reversed(lines) if line.get("images_per_second")), 0.0)
     count = int(min(MOST_IMAGES, max(FEWEST_IMAGES, SECONDS * rate)))

@@ -86,7 +86,7 @@ def wandb_run(config: TrainConfig, folder: Path, first_step: int) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise InputError("--wandb needs wandb: pip install 'data2vec_vision[wandb]'") from error
+        raise InputError("--wandb needs wandb: pip install wandb") from error
     known = folder / "wandb_id.txt"
     identity = known.read_text().strip() if first_step and known.exists() else uuid.uuid4().hex
     try:

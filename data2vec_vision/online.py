@@ -82,7 +82,8 @@ class Onlooker:
             if self._examples is None:
                 self._examples = examples(self.job.source)
             if self._examples:
-                drawn = draw_patch_features([(f"epoch {epoch}", student)], self._examples)
+                drawn = draw_patch_features([(f"epoch {epoch}", student.eval())], self._examples)
+                self.job.method.train()
                 self.loggers.picture("patch features", drawn, step)
 
     def evaluate(self, step: int, epoch: int) -> None:

@@ -180,7 +180,7 @@ class MaskedVisionTransformer(nn.Module):
     def attention(self, x: Tensor) -> Tensor | None:
         """How much the last block attends to each patch: images [B, 3, H, W] -> [B, heads, S].
 
-        From the class token, or without one the mean over patches. None for blocks that are not timm's Block.
+        From the class token where that is the feature, else the mean over patches. None for blocks that are not timm's.
         """
         if not has_separate_ffn(self.vit):
             return None
@@ -195,7 +195,7 @@ class MaskedVisionTransformer(nn.Module):
         q, k, _ = attn.qkv(inputs[0]).view(B, T, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
         N = self.vit.num_prefix_tokens
         weights = (attn.q_norm(q) @ attn.k_norm(k).transpose(-2, -1) * attn.scale).softmax(dim=-1)[..., N:]
-        return weights[:, :, 0] if self.vit.cls_token is not None else weights[:, :, N:].mean(dim=2)
+        return weights[:, :, 0] if self.pool == "cls" else weights[:, :, N:].mean(dim=2)
 
     def _embed_patches(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Patch embeddings [B, S, D] and their position embeddings [1, S, D] (or zero)."""

@@ -171,7 +171,7 @@ def check_format(path: Path, pool: str | None) -> None:
         others = ", ".join(suffix for suffix in FORMATS if suffix != ".csv")
         raise InputError(f"a line of a .csv is one vector, not the patches of --pool {pool}; take one of {others}")
     if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise InputError(f"--output {path} needs pyarrow: pip install 'data2vec_vision[parquet]'")
+        raise InputError(f"--output {path} needs pyarrow: pip install pyarrow")
 
 
 def write_paths(target: Path, names: Iterator[str]) -> None:

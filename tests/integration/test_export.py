@@ -233,7 +233,7 @@ def test_without_the_library_that_loads_it(cli, refused, student, monkeypatch):
     assert code == 0 and "not loaded back, for transformers is not installed" in out
     assert "embeddings.cls_token" in load_file("out/model.safetensors")
     line = refused("export", student, "--format", "onnx", "--output", "out.onnx")
-    assert "needs onnxscript: pip install 'data2vec_vision[onnx]'" in line
+    assert "needs onnxscript: pip install onnx onnxscript onnxruntime" in line
 
 
 def test_what_cannot_be_used_is_refused(refused, student):

@@ -34,16 +34,22 @@ def names(cli):
     Image.fromarray(noise).resize((300, 200), Image.Resampling.BICUBIC).save("photo.jpg")
     Image.open("photo.jpg").save("photos/photo.png")
     assert cli("extract", "student_99.pt", "photos", "--output", "features.npz")[0] == 0
+    assert cli("export", "student_99.pt", "--format", "timm", "--output", "exported")[0] == 0
     return {}
 
 
 def test_the_python_runs_as_printed(names):
-    assert len(SNIPPETS) == 8
-    results, images = [], []
+    assert len(SNIPPETS) == 9
+    results, fine_tuned = [], None
     for snippet in SNIPPETS:
         exec(snippet, names)
-        results.append(names["features"])
-        images.append(names.get("images"))
+        if "features" in snippet:
+            results.append(names["features"])
+        if "model.transform(image)" in snippet:
+            images = names["images"]
+        if "local-dir:exported" in snippet:
+            fine_tuned = names["model"]
+    assert fine_tuned.head.out_features == 10 and fine_tuned.head.weight.std() > 0
     extracted, by_patches, by_image = results[:3]
     assert extracted.shape == (1, 384) and names["paths"].tolist() == ["photo.png"]
     assert by_patches.shape == (1, 196, 384) and names["hidden_states"].shape == (12, 1, 196, 384)
@@ -53,7 +59,7 @@ def test_the_python_runs_as_printed(names):
     assert torch.isfinite(names["loss"]) and names["answers"].shape == (8, 3, 64)
     assert Image.open("reconstruction.png").width > 3 * 144
     with torch.no_grad():
-        by_timm = names["vit"].eval().forward_features(images[2])
+        by_timm = names["vit"].eval().forward_features(images)
     torch.testing.assert_close(by_timm[:, 1:], by_image.detach(), rtol=1e-4, atol=1e-5)
 
 
