@@ -33,21 +33,8 @@ MODELS_AND_DATA = [
 METHOD_NAMES = ["data2vec", "data2vec2", "ijepa", "mae", "msn", "swav"]
 SAMPLES = ["samples", "samples.make"]
 METHODS = ["methods.base", *(f"methods.{name}" for name in METHOD_NAMES), "methods"]
-JOBS = [
-    "run",
-    "labels",
-    "extract",
-    "probes",
-    "features",
-    "evaluate",
-    "plan",
-    "figures",
-    "messages",
-    "loggers",
-    "report",
-    "train",
-]
-JOBS += ["dry_run", "export", "scan", "demo", "__main__"]
+JOBS = ["run", "labels", "split", "extract", "probes", "linear", "features", "findings", "evaluate", "plan", "figures"]
+JOBS += ["messages", "loggers", "report", "train", "dry_run", "export", "scan", "demo", "__main__"]
 ORDER = GROUND + MODELS_AND_DATA + SAMPLES + METHODS + JOBS
 
 
