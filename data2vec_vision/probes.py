@@ -84,7 +84,7 @@ def mean_of(features: Tensor, weights: Tensor | None = None) -> Tensor:
 
 def accuracy(predicted: Tensor, labels: Tensor) -> float:
     """The share of labels [Q] that were predicted, in per cent."""
-    return 100 * (predicted == labels).float().mean().item()
+    return 100 * int((predicted == labels).sum()) / len(labels)  # a mean in fp32 would make 51.7499 of 51.75
 
 
 @torch.no_grad()

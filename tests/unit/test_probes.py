@@ -123,3 +123,5 @@ def test_means_are_those_of_all_rows(monkeypatch):
 
 def test_accuracy_is_in_per_cent():
     assert accuracy(torch.tensor([1, 2, 3, 3]), torch.tensor([1, 2, 3, 4])) == 75.0
+    right = torch.arange(2000) < 1035
+    assert accuracy(right, torch.ones(2000, dtype=torch.bool)) == 51.75
