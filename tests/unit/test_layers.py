@@ -36,7 +36,6 @@ MODELS_AND_DATA = [
 METHOD_NAMES = ["data2vec", "data2vec2", "ijepa", "mae", "msn", "swav"]
 SAMPLES = ["samples", "samples.make"]
 METHODS = ["methods.base", *(f"methods.{name}" for name in METHOD_NAMES), "methods"]
-<<<<<<< HEAD
 JOBS = [
     "run",
     "labels",
@@ -66,10 +65,6 @@ JOBS = [
     "demo",
     "__main__",
 ]
-=======
-JOBS = ["run", "labels", "split", "extract", "probes", "linear", "features", "findings", "evaluate", "plan", "figures"]
-JOBS += ["messages", "loggers", "report", "train", "dry_run", "export", "scan", "demo", "__main__"]
->>>>>>> 6db187ffb3eff0287e4dc5049171f527319e5fd0
 ORDER = GROUND + MODELS_AND_DATA + SAMPLES + METHODS + JOBS
 
 
