@@ -111,13 +111,14 @@ def test_labels_decide_where_there_are_some():
         judge = Judge(FACTS)
         judge.add({"step": 0, "knn": accuracies[0], "knn_images": 2000})
         for n, line in enumerate(lines):
-            if n == 4:
-                judge.add({"step": 500, "knn": accuracies[1], "knn_images": 2000})
+            if n < len(accuracies) - 1:
+                judge.add({"step": 100 * n, "knn": accuracies[n + 1], "knn_images": 2000})
             judge.add({"step": 100 * (n + 1), **line})
         return judge.now
 
     assert with_knn(30.0, 40.0).verdict == "learning" and "40.0 %, untrained 30.0 %" in with_knn(30.0, 40.0).text
     assert with_knn(30.0, 31.0).verdict == "unproven" and with_knn(30.0, 31.0).level == "early"
+    assert with_knn(30.0, 31.0, 32.0, 40.0, 31.0).verdict == "learning", "it does not waver with the noise of a kNN"
     assert with_knn(30.0, 20.0).verdict == "labels" and with_knn(30.0, 20.0).level == "bad"
 
 
