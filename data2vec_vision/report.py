@@ -42,6 +42,9 @@ CURVES = {  # name in metrics.jsonl: title, what it tells
     "images_per_second": ("Images a second", ""),
     "data_wait": ("Waiting for data", "share of the time; more workers help when it is large"),
 }
+# Whose curves begin at 0, so that noise does not look like a change.
+FROM_ZERO = {"feature_std", "rankme", "target_variance_tokens", "target_variance_images", "entropy", "target_entropy",
+             "images_per_second", "data_wait"}  # fmt: skip
 
 
 def report(run: str, device: str | None = None, maps: bool = True) -> Path:
@@ -170,6 +173,7 @@ def chart(name: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | Non
     parts = [found[i : i + size] for i in range(0, len(found), size)]
     means = [(part[-1][0], sum(y for _, y in part) / len(part)) for part in parts]
     low, high = min(y for _, y in means), max(y for _, y in means)
+    low = min(low, 0.0) if name in FROM_ZERO else low
     if high - low < 1e-9 * max(abs(high), 1e-9):
         low, high = low - 0.5 * abs(low) - 1e-9, high + 0.5 * abs(high) + 1e-9
     first, last = means[0][0], means[-1][0]
