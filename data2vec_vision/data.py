@@ -139,9 +139,12 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the whole process group; the main process ends its workers."""
+    """Ctrl-C and a scheduler's SIGTERM reach the whole process group; the main process ends its workers.
+
+    It does so by SIGTERM when one hangs, so that only the first is passed over.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def make_loader(

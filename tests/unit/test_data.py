@@ -1,5 +1,9 @@
 """The stream: what a step sees depends on the seed and the step alone."""
 
+import signal
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -136,3 +140,48 @@ def test_views_are_made_in_one_thread_and_the_number_is_restored(images, threads
         assert seen == [1] and torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
+
+
+HANGING = """
+import sys, time
+import torch.utils.data._utils as utils
+from torch.utils.data import DataLoader, Dataset
+from data2vec_vision.data import leave_signals_to_parent
+
+utils.MP_STATUS_CHECK_INTERVAL = 0.2  # seconds that the loader waits for a worker before it sends SIGTERM
+
+class Hanging(Dataset):
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        end = time.monotonic() + 600
+        while time.monotonic() < end:
+            time.sleep(1)
+
+batches = iter(DataLoader(Hanging(), num_workers=1, worker_init_fn=leave_signals_to_parent))
+time.sleep(1)
+del batches
+print("ended")
+"""
+
+
+def test_a_worker_that_hangs_does_not_keep_the_command_from_ending():
+    done = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout == "ended\n", done.stderr
+
+
+def test_a_worker_outlives_the_first_signal_to_the_group():
+    """A scheduler's SIGTERM reaches the workers too, and the step under way still needs them."""
+    code = """
+import os, signal
+from data2vec_vision.data import leave_signals_to_parent
+leave_signals_to_parent(0)
+os.kill(os.getpid(), signal.SIGINT)
+os.kill(os.getpid(), signal.SIGTERM)
+print("alive", flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+print("never", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "alive\n" and done.returncode == -signal.SIGTERM
