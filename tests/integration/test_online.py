@@ -27,6 +27,14 @@ def test_watching_changes_nothing(cli, images):
     assert Path("loud/report.html").exists() and not Path("quiet/report.html").exists()
 
 
+def test_drawing_leaves_dropout_on(cli, images):
+    """TensorBoard's pictures are made in eval mode, after epoch 0; the epochs that follow need their noise."""
+    noisy = ["--epochs", 2, "--save-every", 1, "--dropout", 0.5, "--no-report", "--checkpoint-out-dir"]
+    cli("train", images, *QUIET, *noisy, "quiet")
+    assert cli("train", images, *LOUD, *noisy, "loud")[0] == 0
+    assert same_state("quiet/checkpoint_1.pt", "loud/checkpoint_1.pt")
+
+
 def test_knn_is_logged_before_training_and_every_so_many_epochs(cli, images):
     code, out, err = cli("train", images, *QUIET, "--epochs", 5, "--checkpoint-out-dir", "run", "--eval-path", images,
                          "--eval-every", 2)  # fmt: skip
