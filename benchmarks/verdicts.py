@@ -8,7 +8,9 @@ first said that something is wrong, and the last verdict.
 """
 
 import argparse
+import contextlib
 import json
+import sys
 from pathlib import Path
 
 from data2vec_vision.config import TrainConfig
@@ -50,7 +52,8 @@ def main() -> None:
             epochs=20, workers=0, device="cpu", no_report=True, no_tensorboard=True,
             checkpoint_out_dir=str(folder), **settings,
         )  # fmt: skip
-        train(config)
+        with contextlib.redirect_stdout(sys.stderr):
+            train(config)
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         trouble = next((line["step"] for line in lines if line.get("level") == "bad"), None)
         typed = " ".join(f"{name}={value}" for name, value in settings.items() if name != "set")

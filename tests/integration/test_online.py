@@ -46,15 +46,24 @@ def test_knn_is_logged_before_training_and_every_so_many_epochs(cli, images):
     assert f"After epoch 4: kNN accuracy {lines[-1]['knn']:.1f} %" in out and "before training" in out
 
 
-def test_knn_is_that_of_the_student_as_it_is_saved(cli, images):
+def test_knn_is_that_of_the_student_as_it_is_saved(cli, images, monkeypatch):
     import torch
 
     import data2vec_vision as d2v
     from data2vec_vision.evaluate import KnnProbe
 
+    name, seen, probe = "blocks.0.attn.qkv.weight", [], KnnProbe.probe
+
+    def spy(self, encoder, *args):
+        seen.append(encoder.vit.state_dict()[name].clone())
+        return probe(self, encoder, *args)
+
+    monkeypatch.setattr(KnnProbe, "probe", spy)
     cli("train", images, *QUIET, "--epochs", 2, "--checkpoint-out-dir", "run", "--eval-path", images)
-    student = d2v.load("run/student_1.pt")
-    expected = KnnProbe(str(images), student.transform, workers=0).probe(student, torch.device("cpu"))
+    student, teacher = (d2v.load(f"run/{which}_1.pt") for which in ("student", "teacher"))
+    assert torch.equal(seen[-1], student.vit.state_dict()[name])
+    assert not torch.equal(seen[-1], teacher.vit.state_dict()[name])
+    expected = probe(KnnProbe(str(images), student.transform, workers=0), student, torch.device("cpu"))
     assert readings("run", "knn")[-1]["knn"] == pytest.approx(expected)
 
 

@@ -111,4 +111,4 @@ def test_several_masks_an_image_and_methods_without_tokens():
 def test_numbers_that_are_not_finite_are_none_and_not_an_error():
     embedding, _ = predicted()
     embedding[0, 0] = math.nan
-    assert read((embedding, {}))["rankme"] is None
+    assert read((embedding, {})) == {"feature_std": None, "rankme": None}
