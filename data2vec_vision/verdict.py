@@ -203,8 +203,7 @@ class Judge:
         if self.readings < 3 or not self._late(line) or (nothing_yet and self.now.level != "good"):
             when = "Too early" if line["step"] < self.facts.total_steps else "Too short a run"
             return Verdict("early", "early", f"{when} to tell", f"No sign of a collapse so far. {figures}")
-        no_gain = len(self.knn) > 1 and self.knn[-1] < self.knn[0] + self._noise()
-        if no_gain and self.now.verdict != "learning":
+        if len(self.knn) > 1 and max(self.knn[1:]) < self.knn[0] + self._noise():
             headline = "No collapse, but on your labels no gain over an untrained encoder yet"
             return Verdict("unproven", "early", headline, figures)
         return Verdict("learning", "good", "It is learning", figures)
