@@ -161,7 +161,11 @@ def report(run_dir: str, csv: str | None, device: str | None, debug: bool) -> No
     """
     from data2vec_vision.report import report, write_csv
 
-    click.echo(f"Wrote {write_csv(run_dir, csv) if csv else report(run_dir, device)}")
+    if csv is not None:
+        click.echo(f"Wrote {write_csv(run_dir, csv)}")
+        return
+    path, notes = report(run_dir, device)
+    click.echo("\n".join([f"Wrote {path}", *notes]))
 
 
 @cli.command()

@@ -18,6 +18,7 @@ from data2vec_vision.sources import ImageFolder, read_image
 from data2vec_vision.vit import MaskedVisionTransformer
 
 EXAMPLES = 6  # images in a picture
+KEPT_SIDE = 512  # pixels, at most, of an example that is kept
 CROWD = 48  # images whose patch features are compared
 SIDE = 112  # pixels of a tile
 MAP_SIDE, THUMBNAIL = 960, 44  # pixels of the map of embeddings and of an image on it
@@ -55,6 +56,7 @@ def examples(source: ImageFolder) -> list[Image.Image]:
     for index in torch.linspace(0, N - 1, min(CROWD, N)).long().tolist():
         image = read_image(source, index)
         if isinstance(image, Image.Image):
+            image.thumbnail((KEPT_SIDE, KEPT_SIDE))  # dozens of large photos would take gigabytes
             found.append(image)
     spread = range(0, len(found), max(1, len(found) // EXAMPLES))[:EXAMPLES]
     return [found[i] for i in spread] + [image for i, image in enumerate(found) if i not in spread]
@@ -106,9 +108,7 @@ def principal_colours(tokens: Tensor, before: Tensor | None = None) -> Tensor:
     A component has no sign of its own: it takes the one that agrees with the colours `before`.
     """
     flat = tokens.double().cpu().flatten(0, 1)
-    flat = flat - flat.mean(dim=0)
-    _, _, directions = torch.linalg.svd(flat, full_matrices=False)
-    components = flat @ directions[:3].T
+    components = principal_components(flat, 3)
     if components.shape[1] < 3:
         components = torch.nn.functional.pad(components, (0, 3 - components.shape[1]))
     if before is not None:
@@ -188,6 +188,11 @@ def embedding_places(features: Tensor, seed: int = 0) -> dict[str, Tensor]:
 def principal_places(features: Tensor) -> Tensor:
     """Unit features [N, D] along their first two principal components: [N, 2]."""
     unit = torch.nn.functional.normalize(features.double(), dim=1)
-    centred = unit - unit.mean(dim=0)
-    _, _, directions = torch.linalg.svd(centred, full_matrices=False)
-    return centred @ directions[:2].T
+    return principal_components(unit, 2)
+
+
+def principal_components(x: Tensor, count: int) -> Tensor:
+    """The first `count` principal components of the rows of x [N, D]: [N, count]."""
+    centred = x - x.mean(dim=0)
+    _, directions = torch.linalg.eigh(centred.T @ centred)
+    return centred @ directions.flip(1)[:, :count]

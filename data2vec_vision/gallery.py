@@ -40,7 +40,7 @@ EPOCHS = 4  # columns of the maps beside the untrained encoder
 VIEWS = "A row an image: the image, its views, and what of the first view the student gets. Every epoch draws others."
 MAPS = (
     "A row an image, a column a saved encoder. The first three principal components of the patch features, less what "
-    "their place has in all images, as red, green and blue: what has one colour is alike to the encoder."
+    "their place has in several dozen images, as red, green and blue: what has one colour is alike to the encoder."
 )
 ATTENTION = "How much the last block attends to each patch, the mean over heads; bright is much."
 NEIGHBOURS = "Left: an image of the training set. Right: those nearest to it by cosine of their features."

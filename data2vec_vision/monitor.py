@@ -18,10 +18,14 @@ WINDOW = 2048  # images that a reading is taken over
 def health_sums(embedding: Tensor, extras: Mapping[str, Tensor], n_patches: int) -> dict[str, Tensor]:
     """The sums that `health` reads, of one forward pass.
 
-    embedding [B, D]: one vector an image. Where `extras` has `prediction` and `target` [..., D] at the patches `query`
-    [...], in [0, S), what a method predicts is followed too, place by place.
+    embedding [B, D]: one vector an image, of what the student saw of it; without one there are no sums. Where `extras`
+    has `prediction` and `target` [..., D] at the patches `query` [...], in [0, S), what a method predicts is followed
+    too, place by place.
     """
-    z = embedding.detach().float()
+    z = embedding.detach()
+    if z.dim() != 2:  # of a method of somebody's own
+        return {}
+    z = z.float() if z.device.type == "mps" else z.double()  # singular values near zero get lost in a fp32 Gram matrix
     sums = {"images": z.new_tensor(float(len(z))), "directions": F.normalize(z, dim=1).sum(dim=0), "gram": z.T @ z}
     query = extras.get("query")
     if query is None or not {"prediction", "target"} <= extras.keys() or extras["target"].shape[:-1] != query.shape:
@@ -51,7 +55,7 @@ def on_host(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def health(sums: Mapping[str, Tensor]) -> dict[str, float | None]:
     """What `health_sums`, added up over WINDOW images or so and `on_host`, say; None for what is not defined.
 
-    feature_std: standard deviation of the unit embeddings, in [0, 1]; 0 when all images point one way.
+    feature_std: standard deviation of the unit embeddings, in [0, 1]; 0 when those of all views point one way.
     rankme: effective rank of the embeddings, in [1, D] (Garrido et al. 2023, equation 1).
     target_variance_tokens: variance of the targets a channel, over all tokens; target_variance_images: the part of it
     that is left between images at one place.

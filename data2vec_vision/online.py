@@ -1,6 +1,7 @@
 """What a run shows while it trains: figures for files and loggers, kNN on labelled images, a verdict in words."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from PIL import Image
@@ -31,15 +32,17 @@ def facts(job: Job) -> Facts:
 
 
 class Onlooker:
-    """Watches a run from its main process. It changes nothing of it: no weight, no random state.
+    """Watches a run from its main process. It changes nothing of it, no weight and no random state, and cannot end it.
 
-    Raises InputError for an --eval-path that holds no classes and for loggers that cannot be had.
+    Raises InputError, before the first step, for an --eval-path without classes and for loggers that cannot be had.
     """
 
     def __init__(self, job: Job, folder: RunFolder):
         self.job, self.folder = job, folder
-        self.judge = Judge(facts(job))
+        self.judge = Judge(facts(job), job.config.eval_path)
         self.probe: KnnProbe | None = None
+        self._examples: list[Image.Image] = []
+        self._given_up: set[str] = set()
         if not distributed.is_main():
             return
         if job.config.eval_path:
@@ -47,75 +50,85 @@ class Onlooker:
         self.loggers = Loggers(job.config, folder.path, job.first_step)
         for line in folder.lines:
             self.judge.add(line)
-        self._examples: list[Image.Image] | None = None
 
     def start(self) -> None:
         """Before the first step of all: the kNN of the untrained encoder, and the views."""
         if self.job.first_step == 0 and distributed.is_main():
-            self.evaluate(0, 0)
+            self._try("kNN", lambda: self._evaluate(0, 0))
             if self.loggers.pictures:
-                self.loggers.picture("views", draw_views(self.job), 0)
+                self._try("the picture of the views", lambda: self.loggers.picture("views", draw_views(self.job), 0))
 
     def log(self, record: dict[str, Any]) -> None:
-        """A line of figures, with the verdict where it has changed and at the end."""
+        """A line of figures, and a verdict with those that it is read off; it is printed when it changes."""
         if not distributed.is_main():
             return
+        last, before = record["step"] == self.job.schedule.total_steps, self.judge.now
         changed = self.judge.add(record)
-        if record["step"] == self.job.schedule.total_steps:
-            changed = self.judge.now
-        if changed is not None:
-            record |= {**changed._asdict(), "steps": self.job.schedule.total_steps}
-            self.loggers.text("verdict", f"{changed.headline}. {changed.text}", record["step"])
-            if changed.level != "early" and record["step"] < self.job.schedule.total_steps:
+        if last or record.get("feature_std") is not None:
+            record |= self.judge.now._asdict()
+        if changed is not None and not last:
+            self._try("logging", lambda: self.loggers.text("verdict", told(changed), record["step"]))
+            if changed.level != "early" or before.level == "bad":
                 say(told(changed, record["step"]))
         self.folder.log(record)
-        self.loggers.log(record)
+        self._try("logging", lambda: self.loggers.log(record))
 
-    def epoch_done(self, step: int, epoch: int) -> None:
-        """After the last step of an epoch: kNN and pictures, where they are due."""
-        if not distributed.is_main():
-            return
-        if epoch in self.job.evaluated_epochs:
-            self.evaluate(step, epoch)
-        if epoch in self.job.saved_epochs and self.loggers.pictures:
-            student = self.job.method.student
-            if self._examples is None:
-                self._examples = examples(self.job.source)
-            if self._examples:
-                drawn = draw_patch_features([(f"epoch {epoch}", student.eval())], self._examples)
-                self.job.method.train()
-                self.loggers.picture("patch features", drawn, step)
+    def evaluate_if_due(self, step: int, epoch: int) -> None:
+        """After the last step of an epoch: the kNN."""
+        if distributed.is_main() and epoch in self.job.evaluated_epochs:
+            self._try("kNN", lambda: self._evaluate(step, epoch))
 
-    def evaluate(self, step: int, epoch: int) -> None:
+    def draw(self, step: int, epoch: int) -> None:
+        """Pictures for the loggers, of an epoch whose files are written."""
+        if distributed.is_main() and self.loggers.pictures:
+            self._try("the picture of the patch features", lambda: self._draw(step, epoch))
+
+    def _draw(self, step: int, epoch: int) -> None:
+        self._examples = self._examples or examples(self.job.source)
+        try:
+            drawn = draw_patch_features([(f"epoch {epoch}", self.job.method.student.eval())], self._examples)
+        finally:
+            self.job.method.train()
+        self.loggers.picture("patch features", drawn, step)
+
+    def _evaluate(self, step: int, epoch: int) -> None:
         if self.probe is None:
             return
-        method = self.job.method
-        accuracy = self.probe.probe(method.student, self.job.device, "fp32", None)
-        record = {
-            "step": step,
-            "epoch": epoch,
-            "knn": accuracy if math.isfinite(accuracy) else None,
-            "knn_images": len(self.probe.test),
-        }
+        accuracy = self.probe.probe(self.job.method.student, self.job.device, "fp32", None)
+        path, count = self.job.config.eval_path, len(self.probe.test)
+        knn = accuracy if math.isfinite(accuracy) else None
+        record = {"step": step, "epoch": epoch, "knn": knn, "knn_images": count, "knn_path": path}
         self.judge.add(record)
         self.folder.log(record)
         self.loggers.log(record)
-        before = f", {self.judge.knn[0]:.1f} % before training" if len(self.judge.knn) > 1 else ""
-        when = "Before training" if step == 0 else f"After epoch {epoch}"
-        on = f"{record['knn_images']:,} images of {self.job.config.eval_path}"
-        say(f"{when}: kNN accuracy {accuracy:.1f} % on {on}{before}")
+        untrained = self.judge.untrained
+        before = f", {untrained:.1f} % before training" if untrained is not None and step else ""
+        when = f"After epoch {epoch}" if step else "Before training"
+        say(f"{when}: kNN accuracy {accuracy:.1f} % on {count:,} images of {path}{before}")
+
+    def _try(self, what: str, look: Callable[[], None]) -> None:
+        """Looking on must not end a run: what fails is said and left out from then on."""
+        if what in self._given_up:
+            return
+        try:
+            look()
+        except Exception as error:
+            self._given_up.add(what)
+            say(f"note: {what} is left out from here on: {one_line(error)}")
 
     def finish(self) -> str:
         """The last words on a finished run, after writing its page."""
         if not distributed.is_main():
             return ""
+        self._try("logging", lambda: self.loggers.text("verdict", told(self.judge.now), self.job.schedule.total_steps))
         return "\n".join([told(self.judge.now), *self.write_report()])
 
     def write_report(self) -> list[str]:
         if self.job.config.no_report:
             return []
         try:
-            return [f"Report: {report(str(self.folder.path), maps=False)}"]
+            path, notes = report(str(self.folder.path), maps=False)
+            return [f"Report: {path}", *notes]
         except Exception as error:  # the run itself is safe; its page can be made again
             return [f"The report could not be made: {one_line(error)}; try {command('report', self.folder.path)}"]
 

@@ -15,21 +15,26 @@ from jinja2 import Environment, PackageLoader
 
 from data2vec_vision.checkpoint import atomic_write
 from data2vec_vision.config import TrainConfig, fields, flag, read_config
-from data2vec_vision.device import versions
+from data2vec_vision.device import find_device, versions
 from data2vec_vision.errors import InputError, one_line
 from data2vec_vision.gallery import confusions, draw_pictures
 from data2vec_vision.run import command, complete_lines
 
 NAME = "report.html"
 POINTS = 300  # of a curve
+WHOLE = ("step", "steps", "epoch", "skipped", "bad_files")  # numbers of a line that are whole
+WORDS = ("verdict", "level", "headline", "text")
 BAD_SHOWN = 50
 CLASSES = 20  # in a table
 
 CURVES = {  # name in metrics.jsonl: title, what it tells
     "loss": ("Loss", "what training lowers; with a moving teacher it may rise while the features get better"),
     "knn": ("kNN accuracy", "per cent, on the labelled images of --eval-path; step 0 is before training"),
-    "feature_std": ("Feature spread", "0: all images have the same features; 1: they point everywhere"),
-    "rankme": ("RankMe", "how many directions the features use, at most their width"),
+    "feature_std": (
+        "Feature spread",
+        "of what the student saw; 0: all views have the same features, 1: they point everywhere",
+    ),
+    "rankme": ("RankMe", "how many directions these features use, at most their width"),
     "r2_constant": ("R² beside the mean", "share of the targets' variance that is predicted"),
     "r2_position": ("R² beside the place", "the same, of what the place in the image does not tell"),
     "target_variance_tokens": ("Target variance over tokens", "near 0: the targets have collapsed"),
@@ -47,15 +52,17 @@ FROM_ZERO = {"feature_std", "rankme", "target_variance_tokens", "target_variance
              "images_per_second", "data_wait"}  # fmt: skip
 
 
-def report(run: str, device: str | None = None, maps: bool = True) -> Path:
-    """Write report.html to the folder of a run, running, stopped or finished, and return its path.
+def report(run: str, device: str | None = None, maps: bool = True) -> tuple[Path, list[str]]:
+    """Write report.html to the folder of a run, running, stopped or finished; its path, and what it lacks and why.
 
     The pictures are made anew from the student files and the images; where these are gone the page says so. With `maps`
     there is a map by UMAP or t-SNE beside that by PCA, where one is installed; it takes a while.
-    Raises InputError for a folder without a run.
+    Raises InputError for a folder without a run, and for a `device` that there is not.
     """
     folder = Path(run)
     config, lines = read_run(folder)
+    if device:
+        find_device(device)
     page = Environment(loader=PackageLoader("data2vec_vision", "."), autoescape=True).get_template(NAME)
     pictures, notes = draw_pictures(folder, config, lines, device, maps)
     pictures += confusions(folder)
@@ -65,7 +72,7 @@ def report(run: str, device: str | None = None, maps: bool = True) -> Path:
             file.write(html.encode("utf-8", "replace"))
     except OSError as error:
         raise InputError(f"cannot write {folder / NAME}: {error.strerror}") from error
-    return folder / NAME
+    return folder / NAME, notes
 
 
 def read_run(folder: Path) -> tuple[TrainConfig, list[dict[str, Any]]]:
@@ -74,22 +81,33 @@ def read_run(folder: Path) -> tuple[TrainConfig, list[dict[str, Any]]]:
         raise InputError(f"there is no folder {folder}; give the folder of a run, such as runs/photos-data2vec")
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no run: it has no config.json; give the folder that `train` wrote to")
-    values = read_config(str(folder / "config.json"), {})
-    lines = []
-    for text in complete_lines(folder / "metrics.jsonl"):
-        try:
-            line = json.loads(text)
-        except ValueError:  # a failing disk has spoilt it; the others count
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
+    try:
+        config = TrainConfig(**read_config(str(folder / "config.json"), {}))
+    except InputError as error:
+        raise InputError(str(error).replace("--config ", "")) from error
+    lines = [line for text in complete_lines(folder / "metrics.jsonl") if (line := sound(text))]
     if not lines:
         raise InputError(f"{folder / 'metrics.jsonl'} has no lines yet; `train` writes one every --log-every steps")
-    return TrainConfig(**values), lines
+    return config, lines
+
+
+def sound(text: str) -> dict[str, Any]:
+    """The numbers and the verdict in a line of metrics.jsonl; {} for one that a failing disk has spoilt."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return {}
+    if not isinstance(line, dict) or any(type(line.get(name, 0)) is not int for name in WHOLE):
+        return {}
+    words = line if all(isinstance(line.get(name), str) for name in WORDS) else {}
+    numbers = {n: v for n, v in line.items() if isinstance(v, int | float) and math.isfinite(v)}
+    return numbers | {name: words[name] for name in WORDS if name in words} if "step" in line else {}
 
 
 def write_csv(run: str, path: str) -> Path:
     """The lines of a run's metrics.jsonl as a table, a column for each name. Raises InputError as `report`."""
+    if not path.lower().endswith(".csv"):
+        raise InputError(f"--csv {path!r} must end in .csv")
     _, lines = read_run(Path(run))
     names = list(dict.fromkeys(name for line in lines for name in line))
     text = io.StringIO(newline="")
@@ -98,7 +116,7 @@ def write_csv(run: str, path: str) -> Path:
     table.writerows(lines)
     try:
         with atomic_write(path) as file:
-            file.write(text.getvalue().encode())
+            file.write(text.getvalue().encode("utf-8", "replace"))
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from error
     return Path(path)
@@ -108,7 +126,8 @@ def contents(folder: Path, config: TrainConfig, lines: Sequence[Mapping[str, Any
     """What the page says in words, numbers and curves."""
     trained = [line for line in lines if "loss" in line] or list(lines)
     last, verdicts = trained[-1], [line for line in lines if "verdict" in line]
-    total = next((line["steps"] for line in reversed(verdicts) if "steps" in line), None)
+    total = next((line["steps"] for line in reversed(lines) if "steps" in line), None)
+    changes = [line for before, line in zip([{}, *verdicts], verdicts) if line["verdict"] != before.get("verdict")]
     finished = total is not None and last["step"] >= total
     unsaid = {"level": "early", "headline": "No verdict yet", "text": "It comes with the first steps of training."}
     bad = [line.partition("\t")[::2] for line in complete_lines(folder / "bad_files.txt")]
@@ -121,10 +140,10 @@ def contents(folder: Path, config: TrainConfig, lines: Sequence[Mapping[str, Any
         else f"at step {last['step']:,}" + (f" of {total:,}" if total else ""),
         "written": time.strftime("%Y-%m-%d %H:%M"),
         "verdict": verdicts[-1] if verdicts else unsaid,
-        "history": [(line["step"], line["headline"], line["text"]) for line in verdicts],
+        "history": [(line["step"], line["headline"]) for line in changes],
         "tiles": list(tiles(lines, config)),
         "x_label": "steps",
-        "charts": [curve for name in CURVES if (curve := chart(name, lines))],
+        "charts": [curve for name in curve_names(lines) if (curve := chart(name, lines))],
         "evaluations": [*evaluations(folder)],
         "n_bad": len(bad),
         "bad_files": bad[:BAD_SHOWN],
@@ -163,6 +182,12 @@ def tiles(lines: Sequence[Mapping[str, Any]], config: TrainConfig) -> Iterator[t
             yield label, f"{latest(name):,}"
 
 
+def curve_names(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is drawn: the known figures, then whatever else the method has logged."""
+    others = dict.fromkeys(name for line in lines for name in line)
+    return [*CURVES, *(name for name in others if name not in (*CURVES, *WHOLE, *WORDS, "knn_images"))]
+
+
 def chart(name: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """A curve as the template draws it, in a box of 340 x 150; None for fewer than two points."""
     found = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
@@ -186,8 +211,8 @@ def chart(name: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | Non
 
     points = [(*place(x, y), f"step {x:,}", f"{y:.4g}") for x, y in means]
     return {
-        "title": CURVES[name][0],
-        "help": CURVES[name][1],
+        "title": CURVES[name][0] if name in CURVES else name.replace("_", " "),
+        "help": CURVES[name][1] if name in CURVES else "",
         "path": "M" + "L".join(f"{x} {y}" for x, y, *_ in points),
         "points": json.dumps(points),
         "ticks": [(place(first, y)[1], short(y)) for y in (low, (low + high) / 2, high)],
@@ -207,7 +232,7 @@ def reproduce(config: TrainConfig, folder: Path) -> str:
     words: list[object] = ["train", config.input_path]
     for name in fields():
         value = getattr(config, name)
-        if name in ("checkpoint_out_dir", "resume_checkpoint", "config", "wandb", "eval_path") or value in (None, ()):
+        if name in ("checkpoint_out_dir", "resume_checkpoint", "config", "wandb") or value in (None, ()):
             continue
         if value == fields()[name].default and type(value) is type(fields()[name].default):
             continue

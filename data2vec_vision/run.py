@@ -65,7 +65,7 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        self.lines: list[dict[str, Any]] = []  # of metrics.jsonl, as an earlier process left them
+        self.lines: list[dict[str, Any]] = []  # of metrics.jsonl, what a verdict is read off, of an earlier process
         self._lock: TextIO | None = None
         self._metrics: TextIO | None = None
 
@@ -115,7 +115,7 @@ class RunFolder:
         kept = [line for line in complete_lines(metrics) if _step(line) <= step]
         with atomic_write(metrics) as file:
             file.write("".join(line + "\n" for line in kept).encode("utf-8", "surrogateescape"))
-        self.lines = [json.loads(line) for line in kept]
+        self.lines = [json.loads(line) for line in kept if '"feature_std"' in line or '"knn"' in line]
         self._metrics = open(metrics, "a", encoding="utf-8")
 
     def log(self, record: dict[str, Any]) -> None:

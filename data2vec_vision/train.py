@@ -169,22 +169,26 @@ def watch(job: Job, folder: RunFolder, onlooker: Onlooker) -> None:
             window.add(step)
             bad_files.add(distributed.union(step.bad))
             epoch = (step.number - 1) // job.steps_per_epoch
-            if step.number % job.steps_per_epoch == 0:
+            epoch_ends = step.number % job.steps_per_epoch == 0
+            if epoch_ends:
                 with window.paused():
-                    onlooker.epoch_done(step.number, epoch)
+                    onlooker.evaluate_if_due(step.number, epoch)
             if step.number % config.log_every == 0 or step.number == total:
-                record = {"step": step.number, "epoch": epoch, **window.read(step), "bad_files": len(bad_files)}
-                record |= window.read_health(step.number)
+                record = {"step": step.number, "steps": total, "epoch": epoch, **window.read(step)}
+                record |= {"bad_files": len(bad_files), **window.read_health(step.number)}
                 onlooker.log(record)
                 progress.show(record, left)
             if step.number == job.first_step + ESTIMATE_AFTER and step.number < total:
                 say(estimate(job, left))
             stop = distributed.any_process(bool(signals))
             due = distributed.any_process(time.monotonic() - saved > 60 * config.checkpoint_minutes)  # clocks differ
-            epoch_to_save = epoch if step.number % job.steps_per_epoch == 0 and epoch in job.saved_epochs else None
+            epoch_to_save = epoch if epoch_ends and epoch in job.saved_epochs else None
             if epoch_to_save is not None or stop or due:
                 save(job, optimizer, scaler, window, step.number, epoch_to_save)
                 saved = time.monotonic()
+            if epoch_to_save is not None:  # saved first: whatever happens to a picture, the epoch is safe
+                with window.paused():
+                    onlooker.draw(step.number, epoch)
             if stop and step.number < total:
                 raise Stopped(
                     signals[0] if signals else signal.SIGTERM, f"Stopped after step {step.number:,}{go_on(job)}"
@@ -207,7 +211,8 @@ class Window:
             window = job.restored["window"]
             self._in_a_row, self._used = self._in_a_row + window["in_a_row"], self._used + window["used"]
             self._sums.update({name: total.to(job.device) for name, total in window["sums"].items()})
-            self._health.update({name: total.to(job.device) for name, total in window.get("health", {}).items()})
+            share = 1 / distributed.processes()  # of the sums over all processes
+            self._health.update({n: share * total.to(job.device) for n, total in window.get("health", {}).items()})
             self._health_steps = window.get("health_steps", 0)
 
     @property
@@ -217,9 +222,8 @@ class Window:
 
     def state(self) -> dict[str, Any]:
         """What the next line of metrics.jsonl is made of, for a checkpoint between two lines; asks all processes."""
-        sums, health = (
-            {name: distributed.mean(total.clone()) for name, total in of.items()} for of in (self._sums, self._health)
-        )
+        sums = {name: distributed.mean(total.clone()) for name, total in self._sums.items()}
+        health = {name: distributed.total(total) for name, total in self._health.items()}
         counts = {"in_a_row": float(self._in_a_row), "used": float(self._used), "health_steps": self._health_steps}
         return {**counts, "sums": sums, "health": health}
 
@@ -229,9 +233,10 @@ class Window:
         self._used = torch.zeros((), device=self.job.device)
 
     def add(self, step: Step) -> None:
-        for of, new in ((self._sums, step.logs), (self._health, step.health)):
+        logs = {name: value.float() for name, value in step.logs.items()}
+        for of, new in ((self._sums, logs), (self._health, step.health)):
             for name, value in new.items():
-                of[name] = of.get(name, 0) + torch.where(step.skipped > 0, 0.0, value.float())
+                of[name] = of.get(name, 0) + torch.where(step.skipped > 0, 0.0, value)
         self._used = self._used + (1 - step.skipped)
         self._skipped = self._skipped + step.skipped
         self._in_a_row = (self._in_a_row + 1) * step.skipped
@@ -275,7 +280,9 @@ class Window:
         least = WINDOW if step < self.job.schedule.total_steps else min(WINDOW // 4, step * G)
         if self._health_steps * G < least:
             return {}
-        sums = on_host({name: distributed.mean(total) for name, total in self._health.items()})
+        if not self._health:
+            return {}
+        sums = on_host({name: distributed.total(total) for name, total in self._health.items()})
         self._health, self._health_steps = {}, 0
         return health(sums) if sums["images"] > 1 else {}  # all steps may have been skipped
 

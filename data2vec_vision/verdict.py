@@ -35,6 +35,8 @@ CROWDED = 0.5  # entropy of the mean prediction, of 1
 AT_LN_K = 0.985  # of ln K: a loss above has not left where it began
 NOTHING = 0.01  # R^2
 MANY_SKIPPED = 0.1  # share of the steps
+CALIBRATING = 50  # steps, of which fp16 skips some until its loss scale fits
+FEATURES_GONE = 0.003  # a spread that no encoder begins with
 LEARNED_BY = 500, 5000  # steps: after half of a run, and after the warm-up of a long one, something should be learned
 
 
@@ -45,29 +47,46 @@ class Judge:
     show it, or the last.
     """
 
-    def __init__(self, facts: Facts):
+    def __init__(self, facts: Facts, labelled: str | None = None):
         self.facts = facts
+        self.labelled = labelled  # the images of the kNN: accuracies on others do not count
         self.readings = 0
         self.first: Mapping[str, Any] = {}
-        self.knn: list[float] = []  # accuracies in per cent, the first before training
+        self.untrained: float | None = None  # accuracy of the kNN before training, in per cent
+        self.knn: list[float] = []  # and since
         self.knn_images = 1
         self.now = Verdict("early", "early", "Too early to tell", "No figures yet.")
-        self._suspect = ""
+        self._suspicion: Verdict | None = None
+        self._before = (0, 0)  # steps, and skipped steps, at the reading before
 
     def add(self, line: Mapping[str, Any]) -> Verdict | None:
         """The verdict after this line if it is another than before, else None."""
-        if line.get("knn") is not None:
+        if line.get("knn") is not None and line.get("knn_path") == self.labelled:
+            self._add_knn(line)
+        if line.get("feature_std") is not None:
+            return self._read(line)
+        if self._suspicion is not None and line["step"] == self.facts.total_steps:
+            return self._say(self._suspicion)
+        return None
+
+    def _add_knn(self, line: Mapping[str, Any]) -> None:
+        self.knn_images = line.get("knn_images", 1)
+        if line["step"] == 0:
+            self.untrained = line["knn"]
+        else:
             self.knn.append(line["knn"])
-            self.knn_images = line.get("knn_images", 1)
-        if line.get("feature_std") is None:
-            return None
+
+    def _read(self, line: Mapping[str, Any]) -> Verdict | None:
         self.readings += 1
         self.first = self.first or line
-        verdict = self._problem(line) or self._fine(line)
-        sure = verdict.level != "bad" or verdict.verdict == self._suspect or line["step"] == self.facts.total_steps
-        self._suspect = verdict.verdict
-        if not sure:
-            return None
+        verdict = self._problem(line)
+        self._before = line["step"], line.get("skipped") or 0
+        again = verdict is not None and self._suspicion is not None and verdict.verdict == self._suspicion.verdict
+        sure = verdict is None or again or line["step"] == self.facts.total_steps
+        self._suspicion = verdict
+        return self._say(verdict or self._fine(line)) if sure else None
+
+    def _say(self, verdict: Verdict) -> Verdict | None:
         before, self.now = self.now, verdict
         return verdict if verdict.verdict != before.verdict or self.readings == 1 else None
 
@@ -90,10 +109,10 @@ class Judge:
         return f"Lower --max-lr (now {f.max_lr:g}){tau}."
 
     def _numbers(self, line: Mapping[str, Any]) -> tuple[str, str, str] | None:
-        skipped = line.get("skipped") or 0
-        if skipped <= MANY_SKIPPED * line["step"]:
+        steps, skipped = line["step"] - self._before[0], (line.get("skipped") or 0) - self._before[1]
+        if line["step"] < CALIBRATING or skipped <= MANY_SKIPPED * steps:
             return None
-        seen = f"{skipped:,} of {line['step']:,} steps had no finite gradient and changed nothing."
+        seen = f"{skipped:,} of the last {steps:,} steps had no finite gradient and changed nothing."
         return (
             "numbers",
             "The numbers overflow",
@@ -130,9 +149,9 @@ class Judge:
         if images is None or first is None:
             return None
         fell = f"Their variance between images is {images:.2g}, {first:.2g} at first."
-        if self.facts.tau is None:
-            alike = "The targets hardly differ between images", "Look at the views: are they all of one colour?"
-            return ("plain", alike[0], f"{fell} {alike[1]}") if images < TARGETS_ALIKE else None
+        if self.facts.tau is None or first < 2 * TARGETS_ALIKE:
+            look = f"{fell} Are the images all alike, or blank? Look at the views, and at what `scan` says."
+            return ("plain", "The targets hardly differ between images", look) if images < TARGETS_ALIKE else None
         r2 = line.get("r2_position")
         if images < TARGETS_ALIKE or (images < SHRUNK * first and (r2 is None or r2 < NOTHING) and self._late(line)):
             return (
@@ -147,7 +166,7 @@ class Judge:
 
     def _features(self, line: Mapping[str, Any]) -> tuple[str, str, str] | None:
         spread, rank, first = line["feature_std"], line.get("rankme"), self.first.get("rankme")
-        if spread < FEATURES_ALIKE and spread < self.first["feature_std"] / 2:
+        if spread < FEATURES_GONE or (spread < FEATURES_ALIKE and spread < self.first["feature_std"] / 2):
             seen = f"Their spread is {spread:.3f}, {self.first['feature_std']:.2f} at first."
             return "features", "All images get nearly the same features", f"{seen} {self._calmer()}"
         if rank is not None and first is not None and rank < 3 and rank < SHRUNK * first:
@@ -179,9 +198,11 @@ class Judge:
         return None
 
     def _labels(self, line: Mapping[str, Any]) -> tuple[str, str, str] | None:
-        if len(self.knn) < 2 or not self._settled(line["step"]) or self.knn[-1] >= self.knn[0] - self._noise():
+        if self.untrained is None or not self.knn or not self._settled(line["step"]):
             return None
-        seen = f"kNN accuracy on your labels is {self.knn[-1]:.1f} %, and was {self.knn[0]:.1f} % before training."
+        if self.knn[-1] >= self.untrained - self._noise():
+            return None
+        seen = f"kNN accuracy on your labels is {self.knn[-1]:.1f} %, and was {self.untrained:.1f} % before training."
         return (
             "labels",
             "The features have become worse than untrained ones",
@@ -195,18 +216,24 @@ class Judge:
     def _fine(self, line: Mapping[str, Any]) -> Verdict:
         """What there is to say where nothing is wrong."""
         figures = self._figures(line)
-        position, loss = line.get("r2_position"), line.get("cross_entropy", line.get("loss"))
-        K = self.facts.n_prototypes
-        nothing_yet = (position is not None and position < NOTHING) or (
-            K is not None and loss is not None and loss > AT_LN_K * math.log(K)
-        )
-        if self.readings < 3 or not self._late(line) or (nothing_yet and self.now.level != "good"):
+        learned = self._has_learned(line)
+        if self.readings < 3 or not self._late(line) or (learned is False and self.now.level != "good"):
             when = "Too early" if line["step"] < self.facts.total_steps else "Too short a run"
             return Verdict("early", "early", f"{when} to tell", f"No sign of a collapse so far. {figures}")
-        if len(self.knn) > 1 and max(self.knn[1:]) < self.knn[0] + self._noise():
+        if self.untrained is not None and self.knn and max(self.knn) < self.untrained + self._noise():
             headline = "No collapse, but on your labels no gain over an untrained encoder yet"
             return Verdict("unproven", "early", headline, figures)
+        if learned is None and not self.knn:
+            more = "Whether it learns, its figures do not say; --eval-path, a folder of labelled images, would."
+            return Verdict("quiet", "early", "No sign of a collapse", f"{figures} {more}")
         return Verdict("learning", "good", "It is learning", figures)
+
+    def _has_learned(self, line: Mapping[str, Any]) -> bool | None:
+        """By the predictions, or the loss of a method with prototypes; None where there is neither."""
+        if line.get("r2_position") is not None:
+            return line["r2_position"] >= NOTHING
+        loss, K = line.get("cross_entropy", line.get("loss")), self.facts.n_prototypes
+        return None if K is None or loss is None else loss <= AT_LN_K * math.log(K)
 
     def _figures(self, line: Mapping[str, Any]) -> str:
         parts = []
@@ -219,7 +246,8 @@ class Judge:
         if line.get("entropy") is not None:
             parts.append(f"The mean assignment to prototypes has an entropy of {line['entropy']:.2f} (1: even use).")
         rank = f", in about {line['rankme']:.0f} directions (RankMe)" if line.get("rankme") else ""
-        parts.append(f"Features differ between images (spread {line['feature_std']:.2f} of 1){rank}.")
-        if len(self.knn) > 1:
-            parts.append(f"kNN on your labels: {self.knn[-1]:.1f} %, untrained {self.knn[0]:.1f} %.")
+        parts.append(f"Features of the views differ (spread {line['feature_std']:.2f} of 1){rank}.")
+        if self.knn:
+            untrained = f", untrained {self.untrained:.1f} %" if self.untrained is not None else ""
+            parts.append(f"kNN on your labels: {self.knn[-1]:.1f} %{untrained}.")
         return " ".join(parts)

@@ -33,7 +33,9 @@ class Output(NamedTuple):
         Tensor  # [B, D]: in training, detached, of what the student saw of its first view; else of the whole image
     )
     logs: dict[str, Tensor]  # detached scalars, on the device
-    extras: dict[str, Tensor]  # predictions, targets, masks ...
+    # Predictions, targets, masks ... Where `prediction` and `target` are [..., D] at the patches `query` [...], each in
+    # [0, S), monitor.health follows them.
+    extras: dict[str, Tensor]
 
 
 class Method(nn.Module):

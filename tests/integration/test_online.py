@@ -94,7 +94,7 @@ def test_figures_are_logged_once_there_are_enough_images_and_at_the_end(cli, ima
     for name in ("rankme", "target_variance_tokens", "target_variance_images", "r2_constant", "r2_position"):
         assert all(isinstance(line[name], float) for line in readings("run"))
     verdicts = readings("run", "verdict")
-    assert [line["step"] for line in verdicts] == [8, 24] and verdicts[-1]["steps"] == 24
+    assert [line["step"] for line in verdicts] == [8, 16, 24] and verdicts[-1]["steps"] == 24
     assert f"Verdict: {verdicts[-1]['headline']}. {verdicts[-1]['text']}" in out
 
 
@@ -190,7 +190,7 @@ def test_wandb_gets_every_line_and_a_resumed_run_continues_it(cli, images, wandb
     assert settings["project"] == "photos" and settings["name"] == "run" and settings["config"]["epochs"] == 2
     losses = [(step, values["train/loss"]) for step, values in wandb.logged if "train/loss" in values]
     assert losses == [(line["step"], line["loss"]) for line in metrics("run")] and wandb.finished
-    assert wandb.summary["verdict"].startswith("Too short")
+    assert wandb.summary["verdict"].startswith("Verdict: Too short")
     Path("run/checkpoint_1.pt").unlink()
     cli("train", "--resume-checkpoint", "run/checkpoint_0.pt", "--wandb", "photos", "--no-report", "--no-tensorboard")
     assert wandb.started[1]["id"] == settings["id"] and wandb.started[1]["resume"] == "allow"
@@ -206,6 +206,32 @@ def test_wandb_that_is_missing_or_refuses_is_one_line(refused, images, wandb, mo
     assert "--wandb photos: RuntimeError: api_key not configured (no-tty); try `wandb login`" in refused(*options)
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert "pip install wandb" in refused(*options)
+
+
+def test_looking_on_cannot_end_a_run_and_comes_after_saving(cli, images, monkeypatch):
+    from data2vec_vision import online
+
+    def broken(*args):
+        assert Path("run/checkpoint_0.pt").exists()
+        raise RuntimeError("no picture today")
+
+    monkeypatch.setattr(online, "draw_patch_features", broken)
+    monkeypatch.setattr(online, "draw_views", lambda job: 1 / 0)
+    monkeypatch.setattr(online.KnnProbe, "probe", lambda *args: 1 / 0)
+    code, out, err = cli("train", images, *LOUD, "--no-report", "--epochs", 3, "--save-every", 1, "--eval-path", images,
+                         "--checkpoint-out-dir", "run")  # fmt: skip
+    assert code == 0, err
+    for what in ("the picture of the patch features", "the picture of the views", "kNN"):
+        assert out.count(f"note: {what} is left out from here on") == 1
+    assert "no picture today" in out and len(metrics("run")) == 18
+
+
+def test_a_method_whose_masks_have_other_names_is_drawn_too(cli, images):
+    example = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text().split("```python\n")[1].split("```")[0]
+    Path("own.py").write_text(example.replace('{"keep"', '{"context"').replace('masks["keep"]', 'masks["context"]'))
+    options = [*LOUD, "--method", "own.py", "--epochs", 40, "--log-every", 20, "--checkpoint-out-dir", "run"]
+    code, out, err = cli("train", images, *options)
+    assert code == 0 and "left out" not in out and "report.html" in out, out + err
 
 
 def test_metrics_are_json_whatever_happens(cli, images):

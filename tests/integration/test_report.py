@@ -45,7 +45,7 @@ def test_train_writes_the_page_at_its_end_with_everything_on_it(run):
                  "What it finds alike", "A map of the images (PCA)", "Images that could not be read",
                  "How to repeat it", "mask_erase_pct", "torch "):  # fmt: skip
         assert text in html, text
-    assert html.count("data:image/jpeg;base64,") == 6 and html.count("<svg") == 5
+    assert html.count("data:image/jpeg;base64,") == 6 and html.count("<svg") == 8
     last = metrics(run)[-1]
     assert f"{last['loss']:.4g}" in html and last["headline"] in html
 
@@ -86,7 +86,7 @@ def test_without_its_images_a_page_has_all_but_the_pictures(run, cli):
     (run / "config.json").write_text(json.dumps(config | {"input_path": "gone"}))
     assert cli("report", run)[0] == 0
     assert "The pictures are left out: there is no folder gone" in page(run) and "data:image" not in page(run)
-    assert page(run).count("<svg") == 5
+    assert page(run).count("<svg") == 8
 
 
 def test_a_page_before_the_first_encoder_is_saved(run, cli):
@@ -118,6 +118,45 @@ def test_spoilt_lines_and_files_do_not_spoil_the_page(run, cli):
     (run / "student_3.confusion.png").write_text("no picture")
     assert cli("report", run)[0] == 0
     assert "student_3.evaluation.json" in page(run)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"step": 2000, "loss": "abc"}', '{"step": 2000, "verdict": "x"}', '{"step": 2000, "epoch": "x"}', '{"step": "x"}',
+     '{"step": 2000, "knn": [1], "steps": "12"}', '{"step": 2000, "loss": NaN}', '{"step": 2000, "lr": "\\ud800"}'],
+)  # fmt: skip
+def test_lines_of_other_types_do_not_spoil_the_page(run, cli, line):
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(line + "\n")
+    assert cli("report", run)[0] == 0 and cli("report", run, "--csv", "m.csv")[0] == 0
+
+
+def test_a_table_is_a_file_of_its_own(run, refused):
+    text = (run / "metrics.jsonl").read_text()
+    for name in (run / "metrics.jsonl", "", "metrics"):
+        assert "must end in .csv" in refused("report", run, "--csv", name)
+    assert (run / "metrics.jsonl").read_text() == text
+
+
+def test_a_device_that_is_not_there_is_refused_and_the_page_kept(run, refused):
+    before = page(run)
+    assert "xyz" in refused("report", run, "--device", "xyz")
+    assert page(run) == before
+
+
+def test_what_a_page_lacks_is_said(run, cli, finished):
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"input_path": "gone"}))
+    assert "The pictures are left out: there is no folder gone" in cli("report", run)[1]
+
+
+def test_an_extended_run_is_not_finished_before_its_new_end(run, cli):
+    text = (run / "metrics.jsonl").read_text()
+    line = json.loads(text.splitlines()[-1]) | {"step": 40, "steps": 280}
+    line = {name: value for name, value in line.items() if name not in ("verdict", "level", "headline", "text")}
+    (run / "metrics.jsonl").write_text(text + json.dumps(line) + "\n")
+    cli("report", run)
+    assert "at step 40 of 280" in page(run) and "(step 28)" in page(run)
 
 
 def test_csv_has_a_column_for_every_name(run, cli):

@@ -20,7 +20,8 @@ def judged(lines, facts=FACTS):
     said = []
     for n, line in enumerate(lines):
         step = (n + 1) * facts.total_steps // len(lines)
-        if verdict := judge.add({"step": step, **line}):
+        counted = {"skipped": line["skipped"] * n} if "skipped" in line else {}
+        if verdict := judge.add({"step": step, **line, **counted}):
             said.append((step, verdict))
     return said, judge.now
 
@@ -41,12 +42,13 @@ def test_a_healthy_run_is_early_then_learning_and_nothing_else():
     [
         ({"target_variance_images": 0.001}, FACTS, "targets", "--tau-initial and --tau-end (now 0.99 and 0.999)"),
         ({"target_variance_images": 0.1, "r2_position": -0.1}, FACTS, "targets", "Lower --max-lr (now 0.01)"),
+        ({"feature_std": 0.001}, FACTS, "features", "Lower --max-lr (now 0.01)"),
         ({"feature_std": 0.01}, FACTS, "features", "Lower --max-lr (now 0.01)"),
         ({"rankme": 1.5}, FACTS, "rank", "Lower --max-lr (now 0.01)"),
         ({"r2_constant": 0.001, "r2_position": -0.1}, FACTS, "constant", "--max-lr 0.001 or 0.1"),
         ({"r2_position": 0.001}, FACTS, "place", "Train for longer"),
-        ({"skipped": 500}, FACTS, "numbers", "--precision fp32"),
-        ({"target_variance_images": 0.001}, replace(FACTS, tau=None), "plain", "all of one colour"),
+        ({"skipped": 50}, FACTS, "numbers", "--precision fp32"),
+        ({"target_variance_images": 0.001}, replace(FACTS, tau=None), "plain", "at what `scan` says"),
     ],
 )
 def test_each_problem_has_its_words_and_its_remedy(later, facts, name, remedy):
@@ -91,6 +93,53 @@ def test_what_was_never_there_cannot_be_lost():
     assert judged([alike] * 10)[1].verdict == "learning"
 
 
+def test_what_collapsed_before_the_first_reading_is_seen_all_the_same():
+    assert judged([HEALTHY | {"feature_std": 0.0005, "rankme": 1.05}] * 10)[1].verdict == "features"
+
+
+def test_targets_that_never_differed_are_no_collapse():
+    now = judged([HEALTHY | {"target_variance_images": 0.002}] * 10)[1]
+    assert now.verdict == "plain" and "collaps" not in now.text + now.headline
+
+
+def test_the_first_steps_of_fp16_may_be_skipped_and_later_ones_may_not():
+    long = replace(FACTS, total_steps=10_000)
+    judge = Judge(long)
+    judge.add({"step": 20, "skipped": 4, **HEALTHY})
+    judge.add({"step": 40, "skipped": 8, **HEALTHY})
+    assert judge.now.level == "early"
+    for step in (8000, 9000):
+        judge.add({"step": step, "skipped": 8, **HEALTHY})
+    assert judge.now.verdict == "learning"
+    for step in (9100, 9200):
+        judge.add({"step": step, "skipped": step // 2, **HEALTHY})
+    assert judge.now.verdict == "numbers"
+
+
+def test_without_anything_to_learn_by_it_does_not_say_that_it_learns():
+    bare = {"feature_std": 0.6, "rankme": 40.0, "loss": 0.1}
+    now = judged([bare] * 10)[1]
+    assert now.verdict == "quiet" and now.level == "early" and "--eval-path" in now.text
+
+
+def test_a_suspicion_at_the_last_reading_counts_at_the_end():
+    judge = Judge(FACTS)
+    for step in range(100, 1000, 100):
+        judge.add({"step": step, **HEALTHY})
+    judge.add({"step": 995, **HEALTHY, "rankme": 1.0})
+    assert judge.now.verdict == "learning"
+    assert judge.add({"step": 1000, "loss": 1.0}).verdict == "rank" and judge.now.level == "bad"
+
+
+def test_accuracies_on_other_images_and_from_the_middle_of_a_run_are_no_baseline():
+    judge = Judge(FACTS, labelled="mine")
+    judge.add({"step": 0, "knn": 90.0, "knn_images": 2000, "knn_path": "others"})
+    judge.add({"step": 100, "knn": 40.0, "knn_images": 2000, "knn_path": "mine"})
+    for step in range(100, 1100, 100):
+        judge.add({"step": step, **HEALTHY})
+    assert judge.untrained is None and judge.now.verdict == "learning" and "untrained" not in judge.now.text
+
+
 def test_short_runs_are_not_blamed_for_having_learned_nothing_yet():
     slow = HEALTHY | {"r2_constant": -0.1, "r2_position": -0.3}
     assert judged([slow] * 10)[1].verdict == "constant"
@@ -112,7 +161,7 @@ def test_labels_decide_where_there_are_some():
         judge.add({"step": 0, "knn": accuracies[0], "knn_images": 2000})
         for n, line in enumerate(lines):
             if n < len(accuracies) - 1:
-                judge.add({"step": 100 * n, "knn": accuracies[n + 1], "knn_images": 2000})
+                judge.add({"step": 100 * n + 50, "knn": accuracies[n + 1], "knn_images": 2000})
             judge.add({"step": 100 * (n + 1), **line})
         return judge.now
 
