@@ -59,6 +59,13 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise
 
 
+def refuse_overwriting(option: str, target: Path, *inputs: str | os.PathLike[str] | None) -> None:
+    """Raises InputError when an output would replace what the command reads."""
+    for given in inputs:
+        if given and os.path.exists(given) and target.exists() and os.path.samefile(target, given):
+            raise InputError(f"{option} {target} is a file that this command reads; give another name")
+
+
 def sync_folder(folder: Path) -> None:
     """Puts a rename on the disk too, where the system can (Windows cannot open a folder)."""
     if os.name == "posix":
@@ -109,18 +116,24 @@ def load_encoder(
         if which not in content["encoders"]:
             raise InputError(f"{path} holds no {which}: the method {content['method']} has none")
         content = content | content["encoders"][which]
-    described = content["encoder"]
-    encoder = MaskedVisionTransformer(
-        build_vit(described["model"], **described["arguments"]), mask_token=content["mask_token"] is not None
-    ).to(map_location)
+    elif which != "student":
+        raise InputError(f"{path} holds one encoder; --encoder {which} is for a checkpoint_*.pt, leave it out")
     try:
+        described = content["encoder"]
+        encoder = MaskedVisionTransformer(
+            build_vit(described["model"], **described["arguments"]), mask_token=content["mask_token"] is not None
+        ).to(map_location)
         encoder.vit.load_state_dict(content["state_dict"])
+        if encoder.mask_token is not None:
+            encoder.mask_token.data.copy_(content["mask_token"])
+        encoder.transform = ImageTransform.from_dict(content["transform"])
+        encoder.pool = content["pool"]
+    except InputError:
+        raise
     except RuntimeError as error:
         raise InputError(f"the weights in {path} do not fit its own description: {one_line(error)}") from error
-    if encoder.mask_token is not None:
-        encoder.mask_token.data.copy_(content["mask_token"])
-    encoder.transform = ImageTransform.from_dict(content["transform"])
-    encoder.pool = content["pool"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} is damaged: {one_line(error)}") from error
     return encoder.eval(), content
 
 
@@ -180,6 +193,8 @@ def load(path: str | os.PathLike[str], map_location: Any = "cpu", which: str = "
 
 def check_content(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
     """Raises InputError for a file of ours that is newer than this version, or lacks what its format has."""
+    if not isinstance(content.get("version", 0), int):
+        raise InputError(f"{path} is damaged: its version is {content['version']!r}")
     if content.get("version", 0) > VERSION:
         raise InputError(f"{path} was written by a newer version of this tool (format {content['version']}); update it")
     if lacking := [name for name in CONTENT[content["format"]] if name not in content]:

@@ -5,7 +5,9 @@ takes positions [t*G, (t+1)*G), G images a step. What is random about position p
 (seed, p). So neither the workers nor the point where a run was resumed change what is trained on.
 """
 
+import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from data2vec_vision.seeding import derive, generator, seeded
 from data2vec_vision.sources import ImageFolder, read_image
 from data2vec_vision.transforms import ViewTransform
 
+LONGEST_TMPDIR = 70  # bytes, of the 108 of a socket's path
 BAD_TRIES = 20  # images tried in place of an unreadable one
 
 
@@ -138,11 +141,14 @@ def collate(samples: list[Sample]) -> Batch:
     )
 
 
-def leave_signals_to_parent(worker: int) -> None:
+def start_worker(worker: int) -> None:
     """Ctrl-C and a scheduler's SIGTERM reach the whole process group; the main process ends its workers.
 
-    It does so by SIGTERM when one hangs, so that only the first is passed over.
+    It does so by SIGTERM when one hangs, so that only the first is passed over. And where the path of TMPDIR is long,
+    the socket by which tensors travel cannot be made there, and they would be waited for without end.
     """
+    if len(os.fsencode(tempfile.gettempdir())) > LONGEST_TMPDIR and os.path.isdir("/tmp"):
+        tempfile.tempdir = "/tmp"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
@@ -157,7 +163,7 @@ def make_loader(
         num_workers=workers,
         collate_fn=collate,
         pin_memory=pin,
-        worker_init_fn=leave_signals_to_parent,
+        worker_init_fn=start_worker,
         multiprocessing_context=context if workers else None,
         generator=torch.Generator(),  # the loader draws its workers' base seed; keep it off the global generator
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data2vec_vision.checkpoint import atomic_write, load_encoder
+from data2vec_vision.checkpoint import atomic_write, load_encoder, refuse_overwriting
 from data2vec_vision.device import device_name, find_device, versions
 from data2vec_vision.errors import InputError, RunFailed, Stopped, one_line
 from data2vec_vision.extract import feature_function, image_loader
@@ -78,6 +78,8 @@ def evaluate(
     untrained encoder and raw pixels are left out. Raises InputError, RunFailed, and Stopped after a signal.
     """
     files = output_files(checkpoint, encoder, json, picture)
+    for option, target in zip(("--json", "--picture"), files):
+        refuse_overwriting(option, target, checkpoint, labels, input_path, test_path)
     where = find_device(device)
     model, content = load_encoder(checkpoint, "cpu", encoder)
     model.check_pool(pool or model.pool)
@@ -166,6 +168,8 @@ def output_files(checkpoint: str, encoder: str, json: str | None, picture: str |
         files.append(target)
     if files[0].resolve() == files[1].resolve():
         raise InputError(f"--json and --picture are both {files[0]}; give two files")
+    if files[0].suffix.lower() != ".json":
+        raise InputError(f"--json {files[0]} must end in .json")
     if files[1].suffix.lower() != ".png":
         raise InputError(f"--picture {files[1]} must end in .png")
     return files[0], files[1]

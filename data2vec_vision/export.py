@@ -24,7 +24,8 @@ from data2vec_vision.errors import InputError, RunFailed, Stopped, one_line
 from data2vec_vision.formats import FILES, FORMATS, MARK, Encoder, for_timm, timm_call, usage
 from data2vec_vision.run import caught_signals, say, size
 
-TOLERANCE = 1e-4  # of the features, as a share of the largest one, or of 1 where that is less
+# Of the features, as a share of the largest one, or of 1 where that is less; ONNX runtimes have kernels of their own.
+TOLERANCE = {"timm": 1e-5, "safetensors": 1e-5, "huggingface": 1e-5, "onnx": 1e-4}
 
 
 def export(checkpoint: str, output: str, format: str, encoder: str = "student", pool: str | None = None) -> None:
@@ -89,8 +90,6 @@ def read_encoder(checkpoint: str, which: str, pool: str | None) -> Encoder:
     about |= {key: content[key] for key in ("epoch", "step") if content.get(key) is not None}
     if content["format"] != STUDENT:
         about["encoder"] = which
-    elif which != "student":
-        raise InputError(f"{checkpoint} holds one encoder; --encoder {which} is for a checkpoint_*.pt, leave it out")
     ours.check_pool(pool or ours.pool)
     for name, tensor in ours.vit.state_dict().items():
         if not torch.isfinite(tensor).all():
@@ -151,8 +150,10 @@ def difference_when_loaded(source: Encoder, format: str, path: Path) -> float | 
             theirs = FORMATS[format].outputs(source, loaded, images)
         except Exception as error:  # whatever another library raises
             raise RunFailed(f"nothing was written: {library} cannot load the result: {one_line(error)}") from error
+    if not all(features.isfinite().all() for features in ours):
+        raise RunFailed("nothing was written: the features of this encoder overflow; export an earlier file")
     differences = [float((a - b).abs().max()) for a, b in zip(ours, theirs)]
-    if not all(d <= TOLERANCE * max(1.0, float(a.abs().max())) for d, a in zip(differences, ours)):
+    if not all(d <= TOLERANCE[format] * max(1.0, float(a.abs().max())) for d, a in zip(differences, ours)):
         raise RunFailed(f"nothing was written: {library} computes features that differ by {max(differences):.1e}")
     return max(differences)
 

@@ -1,5 +1,6 @@
 """Features of a folder of images, written as they are computed: memory does not grow with their number."""
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -13,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data2vec_vision import distributed
-from data2vec_vision.checkpoint import TRAINING, atomic_write, load_encoder
-from data2vec_vision.data import leave_signals_to_parent
+from data2vec_vision.checkpoint import TRAINING, atomic_write, load_encoder, refuse_overwriting
+from data2vec_vision.data import start_worker
 from data2vec_vision.device import cores, find_device, fused_attention_pays, set_fused_attention
 from data2vec_vision.errors import InputError, RunFailed, Stopped, one_line
 from data2vec_vision.partial import Partial
@@ -22,7 +23,7 @@ from data2vec_vision.run import caught_signals, plural, say
 from data2vec_vision.sources import ImageFolder, open_source, read_image
 from data2vec_vision.transforms import ImageTransform
 from data2vec_vision.vit import Encoded, MaskedVisionTransformer, pooled
-from data2vec_vision.writers import FORMATS, Table, check_format, load_line, write_paths
+from data2vec_vision.writers import FORMATS, Table, check_format, load_line, paths_file
 
 GO_ON = "the same command with --resume goes on"
 ENOUGH = 64  # rows of which none is finite: the encoder is broken, not an image
@@ -53,6 +54,7 @@ def extract(
     `resume` goes on with them: the output is that of a run without a stop, on the CPU bit for bit.
     """
     target = check_output(output, pool)
+    refuse_overwriting("--output", target, checkpoint, input_path)
     where = find_device(device)
     model, content = load_encoder(checkpoint, "cpu", encoder)
     pool = pool or model.pool
@@ -175,7 +177,7 @@ def image_loader(
         num_workers=max(0, min(8, cores() - 1)) if workers is None else workers,
         collate_fn=collate,
         pin_memory=pin,
-        worker_init_fn=leave_signals_to_parent,
+        worker_init_fn=start_worker,
         generator=torch.Generator(),
     )
 
@@ -267,19 +269,21 @@ def write_output(partial: Partial, source: ImageFolder, about: dict[str, Any], s
     stop()
     partial.finish()
     form = FORMATS[target.suffix]
-    if not form.holds_paths:
-        write_paths(target, names())
-    if form.write is not None:
-        with atomic_write(target) as file:
-            form.write(file, Table(partial.path, partial.shape, partial.progress.rows, names, about, stop))
-    partial.complete(rename=form.write is None)
+    # The paths take their name when the features have theirs: a stop before that leaves both as they were.
+    with contextlib.nullcontext() if form.holds_paths else paths_file(target, names()):
+        if form.write is not None:
+            with atomic_write(target) as file:
+                form.write(file, Table(partial.path, partial.shape, partial.progress.rows, names, about, stop))
+        partial.complete(rename=form.write is None)
 
 
 def report(partial: Partial, source: ImageFolder, method: str) -> None:
     """Say what was written, what to mind, and last how to load it; list what could not be read."""
     target, progress = partial.target, partial.progress
-    if progress.bad:
-        listing = target.with_suffix(".bad_files.txt")
+    listing = target.with_suffix(".bad_files.txt")
+    if not progress.bad:
+        listing.unlink(missing_ok=True)  # of an earlier extraction
+    else:
         with atomic_write(listing) as file:
             for index, reason in progress.bad.items():
                 file.write(f"{source.name(index)}\t{reason}\n".encode("utf-8", "surrogateescape"))

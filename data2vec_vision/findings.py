@@ -43,7 +43,7 @@ def findings(
         "standard_error": 100 * math.sqrt(share * (1 - share) / len(test)),
         "results": results,
         "gain": gains,
-        "verdict": verdict(gains) if gains else "",
+        "verdict": " ".join(filter(None, (verdict(gains), pixels_ahead(results, len(test))))) if gains else "",
         "classes": classes,
         "per_class": class_table(classes, train, test, predicted[TRAINED]),
         "confusion": confusion.tolist(),
@@ -69,7 +69,8 @@ def gain(right: np.ndarray, right_before: np.ndarray) -> dict[str, float]:
     The error is that of the mean of the paired differences, which is smaller than that of two samples.
     """
     difference = right.astype(float) - right_before.astype(float)
-    error = difference.std(ddof=1) / math.sqrt(len(difference)) if len(difference) > 1 else 1.0
+    spread = difference.var(ddof=1) if len(difference) > 1 else 1.0
+    error = math.sqrt((spread + 1 / len(difference)) / len(difference))  # not 0 where all of a few are alike
     return {"points": 100 * difference.mean(), "standard_error": 100 * error}
 
 
@@ -97,6 +98,14 @@ def verdict(gains: Mapping[str, Mapping[str, float]]) -> str:
     else:
         ending = "it is not better than the untrained encoder, as far as these test images can tell"
     return f"The trained encoder is {what} ({limit}): {ending}."
+
+
+def pixels_ahead(results: Mapping[str, Mapping[str, Any]], count: int) -> str:
+    """A sentence where raw pixels do better than the trained encoder on `count` images, by more than chance."""
+    limit = 200 * math.sqrt(0.5 / count)
+    ahead = {name: results[PIXELS][name] - results[TRAINED][name] for name in PROBES if PIXELS in results}
+    sides = [f"{points:.1f} points by {PROBES[name]}" for name, points in ahead.items() if points > limit]
+    return f"But raw pixels are ahead of it by {' and '.join(sides)}." if sides else ""
 
 
 def later_notes(unreadable: Mapping[str, str], train: np.ndarray, trained: Mapping[str, Any]) -> list[str]:

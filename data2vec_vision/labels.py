@@ -2,7 +2,6 @@
 
 import csv
 import os
-import posixpath
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data2vec_vision.errors import InputError, one_line
-from data2vec_vision.sources import ImageFolder
+from data2vec_vision.sources import ImageFolder, ImageList
 
 UNLABELLED = -1
 PARTS = {"train", "training", "test", "testing", "val", "valid", "validation"}  # of a data set: no classes
@@ -42,7 +41,7 @@ def labels_of(source: ImageFolder, labels_file: str | None = None, classes: list
     rows = 0
     used: list[int] = []
     if labels_file is None:
-        words = [_first_folder(name) for name in _names(source)]
+        words = [_first_folder(name) for name in _below_what_they_share(source)]
         refuse_unlabelled(source, words)
     else:
         words, rows, used = _from_csv(source, labels_file)
@@ -57,6 +56,15 @@ def labels_of(source: ImageFolder, labels_file: str | None = None, classes: list
 
 def _names(source: ImageFolder) -> Iterator[str]:
     return (source.name(index) for index in range(len(source)))
+
+
+def _below_what_they_share(source: ImageFolder) -> Iterator[str]:
+    """The names of a folder; of a list, without the folders that all of its images lie in."""
+    if not isinstance(source, ImageList):
+        return _names(source)
+    shared = os.path.commonpath([os.path.join(source.root, name) for name in _names(source)])
+    shared = os.path.dirname(shared) if len(source) == 1 else shared
+    return (os.path.relpath(os.path.join(source.root, name), shared).replace(os.sep, "/") for name in _names(source))
 
 
 def _first_folder(name: str) -> str | None:
@@ -89,13 +97,13 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 def _from_csv(source: ImageFolder, labels_file: str) -> tuple[list[str | None], int, list[int]]:
     """Of every image the label in the file, or None; how many rows the file has, and which of them name an image."""
-    position = {name: index for index, name in enumerate(_names(source))}
+    position = {_absolute(name, source.root): index for index, name in enumerate(_names(source))}
     words: list[str | None] = [None] * len(source)
     used: list[int] = []
     row, first = -1, ""
     for row, (line, path, label) in enumerate(read_csv(labels_file)):
         first = first or path
-        index = position.get(_relative(path, source.root))
+        index = position.get(_absolute(path, source.root), position.get(_absolute(path.strip(), source.root)))
         if index is None:
             continue
         if words[index] not in (None, label):
@@ -107,7 +115,7 @@ def _from_csv(source: ImageFolder, labels_file: str) -> tuple[list[str | None], 
     if not used:
         raise InputError(
             f"none of the {row + 1:,} paths in {labels_file} is an image of {source.root}: the file has {first!r}, "
-            f"the folder {source.name(0)!r}; paths must be relative to the folder, or absolute"
+            f"the folder {source.name(0)!r}; paths must be relative to the folder, or absolute, and in UTF-8"
         )
     words = [word or None for word in words]
     if not any(words):
@@ -115,11 +123,9 @@ def _from_csv(source: ImageFolder, labels_file: str) -> tuple[list[str | None], 
     return words, row + 1, used
 
 
-def _relative(path: str, root: str) -> str:
-    """The path of an image as a source names it."""
-    if os.path.isabs(path):
-        return os.path.relpath(path, root).replace(os.sep, "/")
-    return posixpath.normpath(path)
+def _absolute(path: str, root: str) -> str:
+    """The path of an image, whether it was written relative to `root` or not."""
+    return os.path.normpath(os.path.join(root, path))
 
 
 def read_csv(path: str) -> Iterator[tuple[int, str, str]]:

@@ -15,6 +15,7 @@ from data2vec_vision.split import stratified_split
 
 KEPT_BYTES = 10**9  # of standardised features that are kept in memory, where there are no more
 STRONGEST, WEAKEST, PATIENCE = 1, -9, 3  # powers of ten of the regularisation; how many are tried beyond the best
+SURELY_WEAK = -3  # power of ten: before, nothing need be better for features that hardly vary in most directions
 HELD_OUT = 0.2  # share of the training part by which the regularisation is chosen
 UNCHOSEN = 0.01  # the regularisation where nothing can be held out
 MAX_PASSES = 1000
@@ -35,7 +36,8 @@ class LinearClassifier:
         self, features: Tensor, device: torch.device | None = None, tick: Callable[[], None] = nothing
     ) -> Tensor:
         """Features [Q, D] -> labels [Q], on the device of `classes`."""
-        return self.predict_rows(StandardRows(features, self.mean, self.scale, device, torch.float32), tick)
+        rows = StandardRows(features, self.mean, self.scale, device, torch.float32, columns=len(self.classes))
+        return self.predict_rows(rows, tick)
 
     def predict_rows(self, rows: "StandardRows", tick: Callable[[], None] = nothing) -> Tensor:
         predicted = []
@@ -56,7 +58,7 @@ def linear_probe(
     """Logistic regression whose regularisation is chosen by accuracy on a held-out stratified fifth.
 
     Returns the classifier of all features, and the held-out accuracy in per cent by strength, from strong to weak:
-    powers of ten from 10 on, until 3 in a row are no better than the best. Of equals the stronger is taken. The
+    powers of ten from 10 on, until 3 from 0.001 on are no better than the best. Of equals the stronger is taken. The
     dictionary is empty, and the strength 0.01, where no class has two images, of which one could be held out.
     """
     rest, held = (torch.from_numpy(part) for part in stratified_split(labels.numpy(), HELD_OUT, seed))
@@ -71,7 +73,7 @@ def linear_probe(
             tried[model.strength] = accuracy(model.predict_rows(regression.rows, tick)[held], labels[held])
             if best is None or tried[model.strength] > tried[best.strength]:
                 best, worse = model, 0
-            else:
+            elif power <= SURELY_WEAK:
                 worse += 1
             if worse == PATIENCE:
                 break
@@ -91,14 +93,16 @@ class StandardRows:
         device: torch.device | None,
         dtype: torch.dtype,
         keep: bool = False,
+        columns: int = 1,  # of what is computed of a row
     ):
+        self.columns = columns
         self.features, self.device, self.dtype = features, device or features.device, dtype
         self.mean, self.scale = mean.to(self.device, dtype), scale.to(self.device, dtype)
         self._keep = keep and features.numel() * dtype.itemsize <= room(self.device)
         self._kept: dict[int, Tensor] = {}
 
     def __iter__(self) -> Iterator[tuple[Tensor, slice]]:
-        for part in chunks(self.features):
+        for part in chunks(self.features, self.columns):
             x = self._kept.get(part.start)
             if x is None:
                 x = (self.features[part].to(self.device, self.dtype) - self.mean) * self.scale
@@ -139,7 +143,7 @@ class LogisticRegression:
         self.tolerances = (1e-6, 1e-12) if dtype == torch.float64 else (1e-4, 1e-8)
         mean, scale = standardisation(features, self.used)
         self.mean, self.scale = mean, scale
-        self.rows = StandardRows(features, mean, scale, device, dtype, keep=True)
+        self.rows = StandardRows(features, mean, scale, device, dtype, keep=True, columns=len(self.classes))
         self.covariance = torch.eye(features.shape[1] + 1, dtype=torch.float64)  # with that of the bias's 1
         self.covariance[:-1, :-1] = 0
         for x, part in self.rows:
@@ -160,8 +164,7 @@ class LogisticRegression:
         if start is not None:
             solution[:-1], solution[-1] = start.weight, start.bias
         _, _, h = self.loss_slope_and_curvature(solution, penalty)
-        jitter = 1e-9  # where the features are linearly dependent
-        root = torch.linalg.cholesky(h * self.covariance + torch.diag(penalty.squeeze(1) + jitter))
+        root = root_of(h * self.covariance + torch.diag(penalty.squeeze(1)))
 
         def there(solution: Tensor) -> Tensor:
             return root.T @ solution
@@ -201,6 +204,19 @@ class LogisticRegression:
         loss = loss / self.count + (penalty / 2 * solution.square()).sum()
         slope = slope / self.count + penalty * solution
         return loss, slope, max(curvature / self.count / solution.shape[1], 1e-6)
+
+
+def root_of(curvature: Tensor) -> Tensor:
+    """The Cholesky factor of a matrix that rounding may have made a little indefinite, as of dependent features.
+
+    It only changes the coordinates of the search, so that what is added to the diagonal moves no optimum.
+    """
+    jitter = 1e-9
+    while True:
+        root, failed = torch.linalg.cholesky_ex(curvature + jitter * torch.eye(len(curvature), dtype=curvature.dtype))
+        if not failed:
+            return root
+        jitter *= 10
 
 
 def standardisation(features: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:

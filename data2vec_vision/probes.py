@@ -67,9 +67,9 @@ def nearest(queries: Tensor, features: Tensor, k: int, bank_chunk: int) -> tuple
     return best, where
 
 
-def chunks(features: Tensor) -> Iterator[slice]:
-    """Slices of the rows with at most CHUNK_VALUES values each."""
-    step = max(1, CHUNK_VALUES // features[0].numel())
+def chunks(features: Tensor, columns: int = 1) -> Iterator[slice]:
+    """Slices of the rows with at most CHUNK_VALUES values each, of features or of `columns` computed of a row."""
+    step = max(1, CHUNK_VALUES // max(columns, features[0].numel()))
     return (slice(start, start + step) for start in range(0, len(features), step))
 
 
@@ -119,7 +119,7 @@ def few_shot(
         rows = placed(features[chosen.flatten()]).view(len(classes), shots, -1)
         means.append(F.normalize(rows.mean(dim=1), dim=1))
     right = torch.zeros(draws)
-    for part in chunks(queries):
+    for part in chunks(queries, len(classes)):
         query, truth = placed(queries[part]), query_labels[part]
         for draw, mean in enumerate(means):
             predicted = classes[(query @ mean.T).argmax(dim=1).to(classes.device)]

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data2vec_vision.checkpoint import atomic_write
-from data2vec_vision.data import leave_signals_to_parent
+from data2vec_vision.data import start_worker
 from data2vec_vision.device import cores, device_memory, find_device
 from data2vec_vision.duplicates import alike_groups, equal_groups
 from data2vec_vision.errors import InputError, RunFailed, Stopped, one_line
@@ -103,9 +103,7 @@ def look_at_all(source: ImageFolder, input_path: str, workers: int) -> Findings:
     """Raises InputError when no image can be read, RunFailed when a worker dies, Stopped after a signal."""
     chunks = Chunks(source)
     workers = min(workers, len(chunks))
-    loader = DataLoader(
-        chunks, batch_size=None, num_workers=workers, collate_fn=as_it_is, worker_init_fn=leave_signals_to_parent
-    )
+    loader = DataLoader(chunks, batch_size=None, num_workers=workers, collate_fn=as_it_is, worker_init_fn=start_worker)
     survey, start = Survey.of(len(source)), time.perf_counter()
     with caught_signals() as signals, progress(len(source), "looking") as bar:
         try:

@@ -132,7 +132,9 @@ def _lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
             if number == 0:
                 line = line.removeprefix(b"\xef\xbb\xbf")  # by which some editors mark UTF-8
             if b"\0" in line:
-                raise InputError(f"{path} is no list of paths: line {number + 1} is not UTF-8 text")
+                raise InputError(
+                    f"{path} is no list of paths: line {number + 1} holds a zero byte; save it as UTF-8 text"
+                )
             if line := line.rstrip(b"\r\n").removeprefix(b"./"):
                 yield line
 

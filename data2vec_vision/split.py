@@ -133,10 +133,24 @@ def by_folder(
     if len(parts[1].images) == 0:
         names = f"there {listed(others.unknown)}, here {listed(found.classes)}"
         raise InputError(f"no image in {test_path} is of a class that {input_path} has: {names}")
+    refuse_shared_files(parts, input_path, test_path)
     notes = left_out(found, input_path) + left_out(others, test_path)
     if unused := found.rows - len(found.used_rows) - len(others.used_rows):
         notes.append(unused_rows(unused, labels_file))
     return LabelledImages(found.classes, parts[0], parts[1], f"the test images are those in {test_path}", notes)
+
+
+def refuse_shared_files(parts: Sequence[Part], input_path: str, test_path: str) -> None:
+    """Raises InputError where a file, by whatever link, is both in the training and in the test images."""
+    train, test = (
+        {os.path.realpath(os.path.join(part.images.root, part.images.name(i))) for i in range(len(part.images))}
+        for part in parts
+    )
+    if shared := train & test:
+        raise InputError(
+            f"{plural(len(shared), 'image', 'images')} of {test_path} are training images of {input_path} too, such as "
+            f"{listed([min(shared)])}; test on others, or leave out --test-path for a split"
+        )
 
 
 def refuse_few(train: Part, k: int, path: str) -> None:

@@ -9,6 +9,7 @@ import json
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -174,8 +175,13 @@ def check_format(path: Path, pool: str | None) -> None:
         raise InputError(f"--output {path} needs pyarrow: pip install pyarrow")
 
 
-def write_paths(target: Path, names: Iterator[str]) -> None:
-    """<name>.paths.txt beside `target`, a path a line; a line feed in a path is written as \\n."""
+@contextmanager
+def paths_file(target: Path, names: Iterator[str]) -> Iterator[None]:
+    """<name>.paths.txt beside `target`, a path a line; a line feed in a path is written as \\n.
+
+    It is written at once, and takes its name when what is done inside has gone well.
+    """
     with atomic_write(target.with_suffix(".paths.txt")) as file:
         for name in names:
             file.write((name.replace("\n", "\\n") + "\n").encode("utf-8", "surrogateescape"))
+        yield

@@ -771,6 +771,20 @@ DEFECTS = [
      RUN + "report.py::test_the_page_needs_no_network_and_no_other_file"),
     ("the page is wider than a phone", "report.html", "img { display: block; border-radius: 4px; max-width: 100%;",
      "img { display: block; border-radius: 4px;", RUN + "report.py::TestInABrowser::test_nothing_sticks_out_at_the_width_of_a_phone"),
+    ("tensors wait for a socket that cannot be made", "data.py", 'tempfile.tempdir = "/tmp"', "pass",
+     UNIT + "data.py::test_a_long_path_of_tmpdir_does_not_make_a_loader_wait_for_ever"),
+    ("a command overwrites what it reads", "checkpoint.py", "os.path.samefile(target, given)", "False",
+     RUN + "extract.py::test_the_checkpoint_is_not_overwritten_and_old_lists_of_bad_files_go"),
+    ("the class of an image in a list is the first folder of all", "labels.py", "if not isinstance(source, ImageList):", "if True:",
+     RUN + "evaluate.py::test_lists_have_the_labels_of_their_folders"),
+    ("a student file passes for a teacher", "checkpoint.py", 'elif which != "student":', "elif False:",
+     RUN + "evaluate.py::test_a_teacher_is_asked_of_a_checkpoint_only"),
+    ("looking on can end a run", "online.py", "        except Exception as error:\n            self._given_up", "        except OSError as error:\n            self._given_up",
+     RUN + "online.py::test_looking_on_cannot_end_a_run_and_comes_after_saving"),
+    ("praise without evidence", "verdict.py", "if learned is None and not self.knn:", "if False:",
+     UNIT + "verdict.py::test_without_anything_to_learn_by_it_does_not_say_that_it_learns"),
+    ("the penalty stops at the first plateau", "linear.py", "SURELY_WEAK = -3", "SURELY_WEAK = 9",
+     UNIT + "linear.py::test_of_equal_penalties_the_strongest_is_taken"),
 ]  # fmt: skip
 
 

@@ -113,7 +113,7 @@ def test_the_untrained_encoder_is_the_one_that_training_began_from(cli, images, 
     )
     report = evaluate("still/student_0.pt", str(photos[0]), test_path=str(photos[1]), k=5, workers=0)
     trained, untrained = (report["results"][f"{name} encoder"] for name in ("trained", "untrained"))
-    assert trained == untrained and report["gain"]["knn"] == {"points": 0.0, "standard_error": 0.0}
+    assert trained == untrained and report["gain"]["knn"]["points"] == 0.0
     assert report["verdict"].endswith(
         "it is not better than the untrained encoder, as far as these test images can tell."
     )
@@ -298,3 +298,31 @@ def test_many_classes_are_told_by_the_worst_and_the_pairs_most_confused(cli, stu
     assert "The 10 worst classes, linear probe:" in out and "The 3 best:" in out and "Most often confused" in out
     report = json.loads(Path("run/student_0.evaluation.json").read_text())
     assert report["classes"][-1] == "13" and len(report["per_class"]) == 14
+
+
+def test_what_the_command_reads_is_not_overwritten(refused, student, photos):
+    Path("labels.csv").write_text("path,label\n")
+    Path("labels.json").write_text("path,label\n")
+    for options in (["--labels", "labels.json", "--json", "labels.json"],):
+        assert "is a file that this command reads" in refused("evaluate", student, photos[0], *options)
+    assert "must end in .json" in refused("evaluate", student, photos[0], "--json", student)
+    assert Path("labels.json").read_text() == "path,label\n"
+
+
+def test_lists_have_the_labels_of_their_folders(cli, refused, student, photos):
+    for name, root in (("train.txt", photos[0]), ("test.txt", photos[1])):
+        Path(name).write_text("".join(f"{path.resolve()}\n" for path in sorted(root.rglob("*.png"))))
+    code, _, err = cli("evaluate", student, "train.txt", "--test-path", "test.txt", *FAST)
+    assert code == 0, err
+    lists = json.loads(Path("run/student_0.evaluation.json").read_text())
+    cli("evaluate", student, photos[0], "--test-path", photos[1], *FAST)
+    folders = json.loads(Path("run/student_0.evaluation.json").read_text())
+    assert lists["results"] == folders["results"] and lists["classes"] == folders["classes"]
+    assert "are training images of train.txt too" in refused(
+        "evaluate", student, "train.txt", "--test-path", shutil.copy("train.txt", "again.txt"), *FAST
+    )
+
+
+def test_a_teacher_is_asked_of_a_checkpoint_only(refused, student, photos):
+    for command in (["evaluate", student, photos[0]], ["extract", student, photos[0], "--output", "f.npz"]):
+        assert "holds one encoder; --encoder teacher is for a checkpoint" in refused(*command, "--encoder", "teacher")

@@ -372,3 +372,31 @@ def test_an_image_from_a_camera_held_sideways_has_the_same_features_in_python(cl
         with torch.no_grad():
             ours = model.embed(model.transform(d2v.open_image(name)).unsqueeze(0))[0]
         torch.testing.assert_close(torch.from_numpy(features), ours, rtol=1e-4, atol=1e-5)
+
+
+def test_the_checkpoint_is_not_overwritten_and_old_lists_of_bad_files_go(cli, refused, images, student):
+    before = Path(student).read_bytes()
+    assert "is a file that this command reads" in refused("extract", student, images, "--output", student)
+    assert Path(student).read_bytes() == before
+    (images / "bad.png").write_text("no image")
+    cli("extract", student, images, "--output", "f.npz")
+    assert Path("f.bad_files.txt").exists()
+    (images / "bad.png").unlink()
+    cli("extract", student, images, "--output", "f.npz")
+    assert not Path("f.bad_files.txt").exists()
+
+
+def test_a_stop_leaves_features_and_paths_as_they_were(cli, images, student, monkeypatch):
+    from data2vec_vision import writers
+
+    cli("extract", student, images, "--output", "f.safetensors")
+    features, paths = Path("f.safetensors").read_bytes(), Path("f.paths.txt").read_bytes()
+    next(images.rglob("*.png")).unlink()
+    form = writers.FORMATS[".safetensors"]
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(writers.FORMATS, ".safetensors", dataclasses.replace(form, write=full))
+    assert cli("extract", student, images, "--output", "f.safetensors")[0] == 1
+    assert (Path("f.safetensors").read_bytes(), Path("f.paths.txt").read_bytes()) == (features, paths)

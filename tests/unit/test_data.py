@@ -1,5 +1,6 @@
 """The stream: what a step sees depends on the seed and the step alone."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -146,7 +147,7 @@ HANGING = """
 import sys, time
 import torch.utils.data._utils as utils
 from torch.utils.data import DataLoader, Dataset
-from data2vec_vision.data import leave_signals_to_parent
+from data2vec_vision.data import start_worker
 
 utils.MP_STATUS_CHECK_INTERVAL = 0.2  # seconds that the loader waits for a worker before it sends SIGTERM
 
@@ -159,7 +160,7 @@ class Hanging(Dataset):
         while time.monotonic() < end:
             time.sleep(1)
 
-batches = iter(DataLoader(Hanging(), num_workers=1, worker_init_fn=leave_signals_to_parent))
+batches = iter(DataLoader(Hanging(), num_workers=1, worker_init_fn=start_worker))
 time.sleep(1)
 del batches
 print("ended")
@@ -175,8 +176,8 @@ def test_a_worker_outlives_the_first_signal_to_the_group():
     """A scheduler's SIGTERM reaches the workers too, and the step under way still needs them."""
     code = """
 import os, signal
-from data2vec_vision.data import leave_signals_to_parent
-leave_signals_to_parent(0)
+from data2vec_vision.data import start_worker
+start_worker(0)
 os.kill(os.getpid(), signal.SIGINT)
 os.kill(os.getpid(), signal.SIGTERM)
 print("alive", flush=True)
@@ -185,3 +186,17 @@ print("never", flush=True)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "alive\n" and done.returncode == -signal.SIGTERM
+
+
+def test_a_long_path_of_tmpdir_does_not_make_a_loader_wait_for_ever(tmp_path):
+    long = tmp_path / ("x" * 90)
+    long.mkdir()
+    code = """
+import torch
+from torch.utils.data import DataLoader
+from data2vec_vision.data import start_worker
+print(sum(int(x.sum()) for x in DataLoader(torch.ones(8, 4), batch_size=2, num_workers=1, worker_init_fn=start_worker)))
+"""
+    environment = {**os.environ, "TMPDIR": str(long)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+    assert done.stdout == "32\n", done.stderr

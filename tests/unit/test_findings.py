@@ -22,8 +22,12 @@ def test_gain_has_the_error_of_paired_differences():
     found = gain(after, before)
     difference = np.array([0, 1, 1, 0, 0, -1])
     assert found["points"] == pytest.approx(100 / 6)
-    assert found["standard_error"] == pytest.approx(100 * np.std(difference, ddof=1) / math.sqrt(6))
-    assert gain(after[:1], before[:1])["standard_error"] == 100  # one image tells nothing
+    assert found["standard_error"] == pytest.approx(100 * math.sqrt((np.var(difference, ddof=1) + 1 / 6) / 6))
+    assert gain(after[:1], before[:1])["standard_error"] > 100  # one image tells nothing
+    assert gain(np.ones(3, bool), np.zeros(3, bool))["standard_error"] > 30, "three that agree are not certainty"
+    many = np.arange(10_000) % 3 == 0
+    plain = 100 * np.std(many - 0.0, ddof=1) / 100
+    assert gain(many, np.zeros(10_000, bool))["standard_error"] == pytest.approx(plain, rel=1e-3)
 
 
 def said(knn, linear, error=1.0):

@@ -76,10 +76,8 @@ def test_the_penalty_is_the_one_that_does_best_on_the_held_out_fifth():
     assert strengths[0] == 10 and strengths == sorted(strengths, reverse=True)
     best = max(tried.values())
     assert model.strength == next(s for s in strengths if tried[s] == best)  # the strongest of the best
-    assert len(strengths) - strengths.index(model.strength) - 1 in (
-        linear.PATIENCE,
-        10 - strengths.index(model.strength),
-    )
+    first_counted = min(strengths.index(model.strength) + 1, linear.STRONGEST - linear.SURELY_WEAK)
+    assert len(strengths) in (max(first_counted, 4) + linear.PATIENCE, linear.STRONGEST - linear.WEAKEST + 1)
     queries, truth = blobs(500, dim=64, spread=3.0, seed=1)
     by_peer = peer(features, labels, model.strength, queries)[1]
     assert accuracy(model.predict(queries), truth) == pytest.approx(accuracy(by_peer, truth), abs=0.1)
@@ -89,7 +87,27 @@ def test_of_equal_penalties_the_strongest_is_taken():
     features, labels = blobs(100, spread=0.1)  # which every penalty tells apart
     model, tried = linear_probe(features, labels, seed=0)
     perfect = [strength for strength, value in tried.items() if value == 100]
-    assert len(perfect) == 1 + linear.PATIENCE and model.strength == perfect[0]
+    assert model.strength == perfect[0] and list(tried)[-len(perfect) :] == perfect
+    assert min(tried) == pytest.approx(10.0 ** (linear.SURELY_WEAK - linear.PATIENCE + 1))
+
+
+def test_directions_that_hardly_vary_are_given_their_chance():
+    """Where most of the variance is of no use, no strong penalty is better than another, and a weak one is."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(600) % 3
+    shared = torch.randn(600, 1, generator=g) @ torch.randn(1, 60, generator=g)
+    weak = 1e-2 * torch.eye(3)[labels] @ torch.randn(3, 60, generator=g)
+    model, tried = linear_probe(shared + weak, labels, seed=0)
+    assert accuracy(model.predict(shared + weak), labels) > 95 and model.strength <= 0.1, tried
+
+
+def test_features_that_depend_on_each_other_in_all_but_rounding_are_solved():
+    g = torch.Generator().manual_seed(0)
+    features = torch.randn(400, 2, generator=g) @ torch.randn(2, 300, generator=g)
+    features += 1e-4 * torch.randn(400, 300, generator=g)
+    labels = (features[:, 0] > 0).long()
+    model, _ = linear_probe(features, labels, seed=0)
+    assert accuracy(model.predict(features), labels) > 90
 
 
 def test_with_one_image_a_class_nothing_is_chosen():

@@ -236,7 +236,7 @@ def test_unusable_lists_are_refused_in_words(tmp_path):
         (b"", "is empty; write the path of an image in each line"),
         (b"\n\r\n", "is empty"),
         (b"a.png\n./a.png\n", "'a.png' more than once; sort -u"),
-        ("a.png\n".encode("utf-16"), "line 1 is not UTF-8 text"),
+        ("a.png\n".encode("utf-16"), "line 1 holds a zero byte; save it as UTF-8"),
         (b"b.png\nc.png\n", "of the first 2 files .* none exists, such as .*b.png; paths .* relative to"),
     ):
         with pytest.raises(InputError, match=message):

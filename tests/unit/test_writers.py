@@ -11,7 +11,7 @@ import torch
 from data2vec_vision import writers
 from data2vec_vision.errors import InputError
 from data2vec_vision.partial import NPY_HEADER, npy_header
-from data2vec_vision.writers import FORMATS, Table, check_format, load_line, write_paths
+from data2vec_vision.writers import FORMATS, Table, check_format, load_line, paths_file
 
 NAMES = [
     "a.png",
@@ -114,7 +114,8 @@ def test_names_that_are_no_unicode_are_kept_where_the_format_can(tmp_path, table
     _, content = table(names=names)
     assert np.load(written(tmp_path, ".npz", content))["paths"].tolist() == names
     assert torch.load(written(tmp_path, ".pt", content), weights_only=True)["paths"] == names
-    write_paths(tmp_path / "f.npy", iter(names))
+    with paths_file(tmp_path / "f.npy", iter(names)):
+        assert not (tmp_path / "f.paths.txt").exists()
     assert (tmp_path / "f.paths.txt").read_bytes() == b"a\xff.png\nb.png\n"
 
 
