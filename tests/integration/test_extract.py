@@ -1,5 +1,6 @@
 """`extract`: features in the order of the paths, whatever the workers and the batch, from every kind of file."""
 
+import dataclasses
 import os
 import re
 import signal
