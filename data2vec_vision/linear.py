@@ -15,7 +15,7 @@ from data2vec_vision.split import stratified_split
 
 KEPT_BYTES = 10**9  # of standardised features that are kept in memory, where there are no more
 STRONGEST, WEAKEST, PATIENCE = 1, -9, 3  # powers of ten of the regularisation; how many are tried beyond the best
-SURELY_WEAK = -3  # power of ten: before, nothing need be better for features that hardly vary in most directions
+SURELY_WEAK = -2  # power of ten: before, nothing need be better for features that hardly vary in most directions
 HELD_OUT = 0.2  # share of the training part by which the regularisation is chosen
 UNCHOSEN = 0.01  # the regularisation where nothing can be held out
 MAX_PASSES = 1000
@@ -58,7 +58,7 @@ def linear_probe(
     """Logistic regression whose regularisation is chosen by accuracy on a held-out stratified fifth.
 
     Returns the classifier of all features, and the held-out accuracy in per cent by strength, from strong to weak:
-    powers of ten from 10 on, until 3 from 0.001 on are no better than the best. Of equals the stronger is taken. The
+    powers of ten from 10 on, until 3 from 0.01 on are no better than the best. Of equals the stronger is taken. The
     dictionary is empty, and the strength 0.01, where no class has two images, of which one could be held out.
     """
     rest, held = (torch.from_numpy(part) for part in stratified_split(labels.numpy(), HELD_OUT, seed))

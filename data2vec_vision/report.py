@@ -224,7 +224,7 @@ def chart(name: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | Non
 def short(y: float) -> str:
     """A number that fits beside a curve."""
     far = y and not 1e-3 <= abs(y) < 1e5
-    return f"{y:.1e}".replace("e-0", "e-").replace("e+0", "e") if far else f"{y:.3g}"
+    return f"{y:.1e}".replace("e-0", "e-").replace("e+0", "e").replace(".0e", "e") if far else f"{y:.3g}"
 
 
 def reproduce(config: TrainConfig, folder: Path) -> str:
