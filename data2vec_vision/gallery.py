@@ -30,7 +30,7 @@ from data2vec_vision.figures import (
     examples,
     principal_places,
 )
-from data2vec_vision.plan import Job, prepare
+from data2vec_vision.plan import Job, device_to_go_on, prepare
 from data2vec_vision.sources import read_image
 
 MOST_IMAGES, FEWEST_IMAGES = 1000, 100  # whose features are computed
@@ -57,7 +57,7 @@ def draw_pictures(
         config, init=None, pretrained=False, resume_checkpoint=None, workers=0, checkpoint_out_dir=str(folder)
     )
     try:
-        where = find_device(device or (config.device if device_is_here(config.device) else None))
+        where = find_device(device or device_to_go_on(config.device))
         job = prepare(replace(plain, device=str(where)))
     except InputError as error:
         return [], [f"The pictures are left out: {error}."]
@@ -66,9 +66,8 @@ def draw_pictures(
     if not files:
         return pictures, ["Pictures of features come with the first saved encoder."]
     encoders = [(f"epoch {epoch}", checkpoint.load(path)) for epoch, path in files]
-    trained = encoders[-1][1].to(where)
     if not (config.init or config.pretrained):
-        encoders.insert(0, ("untrained", job.method.student.eval().cpu()))
+        encoders.insert(0, ("untrained", job.method.student.eval()))
     images = examples(job.source)
     for _, encoder in encoders:
         encoder.to(where)
@@ -76,15 +75,7 @@ def draw_pictures(
     pictures += patch_maps(encoders, images)
     rate = next((line["images_per_second"] for line in reversed(lines) if line.get("images_per_second")), 0.0)
     count = int(min(MOST_IMAGES, max(FEWEST_IMAGES, SECONDS * rate)))
-    return [*pictures, *neighbourhoods(job, trained, where, count, maps)], []
-
-
-def device_is_here(name: str | None) -> bool:
-    try:
-        find_device(name)
-    except InputError:
-        return False
-    return True
+    return [*pictures, *neighbourhoods(job, encoders[-1][1], where, count, maps)], []
 
 
 def encoder_files(folder: Path) -> list[tuple[str, Path]]:

@@ -39,7 +39,8 @@ class Loggers:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """The numbers of a line of metrics.jsonl."""
-        values = {tag(name): value for name, value in record.items() if isinstance(value, int | float)}
+        numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+        values = {tag(name): value for name, value in numbers.items() if name not in ("step", "steps")}
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, record["step"])

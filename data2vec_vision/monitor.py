@@ -26,7 +26,7 @@ def health_sums(embedding: Tensor, extras: Mapping[str, Tensor], n_patches: int)
     if z.dim() != 2:  # of a method of somebody's own
         return {}
     z = z.float() if z.device.type == "mps" else z.double()  # singular values near zero get lost in a fp32 Gram matrix
-    sums = {"images": z.new_tensor(float(len(z))), "directions": F.normalize(z, dim=1).sum(dim=0), "gram": z.T @ z}
+    sums = {"images": z.new_full((), len(z)), "directions": F.normalize(z, dim=1).sum(dim=0), "gram": z.T @ z}
     query = extras.get("query")
     if query is None or not {"prediction", "target"} <= extras.keys() or extras["target"].shape[:-1] != query.shape:
         return sums

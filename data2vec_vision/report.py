@@ -142,7 +142,6 @@ def contents(folder: Path, config: TrainConfig, lines: Sequence[Mapping[str, Any
         "verdict": verdicts[-1] if verdicts else unsaid,
         "history": [(line["step"], line["headline"]) for line in changes],
         "tiles": list(tiles(lines, config)),
-        "x_label": "steps",
         "charts": [curve for name in curve_names(lines) if (curve := chart(name, lines))],
         "evaluations": [*evaluations(folder)],
         "n_bad": len(bad),
@@ -190,8 +189,7 @@ def curve_names(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def chart(name: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """A curve as the template draws it, in a box of 340 x 150; None for fewer than two points."""
-    found = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
-    found = [(x, float(y)) for x, y in found if math.isfinite(y)]
+    found = [(line["step"], line[name]) for line in lines if name in line]
     if len(found) < 2:
         return None
     size = -(-len(found) // POINTS)
@@ -241,8 +239,8 @@ def reproduce(config: TrainConfig, folder: Path) -> str:
         else:
             words += [flag(name)] if value is True else [flag(name), value]
     again = folder.with_name(folder.name + "-again")
-    short = ("train", config.input_path, "--config", folder / "config.json", "--checkpoint-out-dir", again)
-    return f"{command(*words, '--checkpoint-out-dir', again)}\n\nor, the same: {command(*short)}"
+    from_file = ("train", config.input_path, "--config", folder / "config.json", "--checkpoint-out-dir", again)
+    return f"{command(*words, '--checkpoint-out-dir', again)}\n\nor, the same: {command(*from_file)}"
 
 
 def evaluations(folder: Path) -> Iterator[dict[str, Any]]:
@@ -280,7 +278,8 @@ def accuracies(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
 
 def classes(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
     """The classes of one evaluation, the worst first."""
-    worst = sorted(found["per_class"], key=lambda row: row["linear"])
+    tested = (row for row in found["per_class"] if row["test"])
+    worst = sorted(tested, key=lambda row: row["linear"])
     return {
         "title": f"Classes of {path.name.removesuffix('.evaluation.json')}",
         "caption": "Accuracy in per cent, the worst first"

@@ -39,10 +39,7 @@ def target_health(target: Tensor, prediction: Tensor) -> dict[str, Tensor]:
     """For the log: the spread of targets and predictions [B, ..., D] as standard deviations, the mean over channels.
 
     `target_std` and `prediction_std` are over all tokens: a target with layer norm has unit variance whatever
-    happens; what a collapse takes away is the spread over tokens. `target_image_std` is over images, of the mean of
-    an image's tokens: it falls when targets tell the place and no longer the image.
+    happens; what a collapse takes away is the spread over tokens.
     """
-    of_images = target.detach().flatten(1, -2).mean(dim=1).std(dim=0, unbiased=False).mean()
     flat = target.detach().flatten(0, -2), prediction.detach().flatten(0, -2)
-    spread = {name: x.std(dim=0, unbiased=False).mean() for name, x in zip(("target_std", "prediction_std"), flat)}
-    return spread | {"target_image_std": of_images}
+    return {name: x.std(dim=0, unbiased=False).mean() for name, x in zip(("target_std", "prediction_std"), flat)}

@@ -198,7 +198,7 @@ def watch(job: Job, folder: RunFolder, onlooker: Onlooker) -> None:
 
 
 class Window:
-    """Sums since the last line of metrics.jsonl; `read` is the loop's only wait for the device."""
+    """Sums since the last line of metrics.jsonl; the loop waits for the device in `read` and `read_health` only."""
 
     def __init__(self, job: Job):
         self.job = job
@@ -278,9 +278,7 @@ class Window:
         """The figures of monitor.health, once there are WINDOW images for them; at the end of the run fewer will do."""
         G = self.job.config.images_a_step
         least = WINDOW if step < self.job.schedule.total_steps else min(WINDOW // 4, step * G)
-        if self._health_steps * G < least:
-            return {}
-        if not self._health:
+        if not self._health or self._health_steps * G < least:
             return {}
         sums = on_host({name: distributed.total(total) for name, total in self._health.items()})
         self._health, self._health_steps = {}, 0

@@ -45,7 +45,7 @@ def test_train_writes_the_page_at_its_end_with_everything_on_it(run):
                  "What it finds alike", "A map of the images (PCA)", "Images that could not be read",
                  "How to repeat it", "mask_erase_pct", "torch "):  # fmt: skip
         assert text in html, text
-    assert html.count("data:image/jpeg;base64,") == 6 and html.count("<svg") == 8
+    assert html.count("data:image/jpeg;base64,") == 6 and html.count("<svg") == 7
     last = metrics(run)[-1]
     assert f"{last['loss']:.4g}" in html and last["headline"] in html
 
@@ -86,7 +86,7 @@ def test_without_its_images_a_page_has_all_but_the_pictures(run, cli):
     (run / "config.json").write_text(json.dumps(config | {"input_path": "gone"}))
     assert cli("report", run)[0] == 0
     assert "The pictures are left out: there is no folder gone" in page(run) and "data:image" not in page(run)
-    assert page(run).count("<svg") == 8
+    assert page(run).count("<svg") == 7
 
 
 def test_a_page_before_the_first_encoder_is_saved(run, cli):
@@ -157,6 +157,21 @@ def test_an_extended_run_is_not_finished_before_its_new_end(run, cli):
     (run / "metrics.jsonl").write_text(text + json.dumps(line) + "\n")
     cli("report", run)
     assert "at step 40 of 280" in page(run) and "(step 28)" in page(run)
+
+
+def test_an_evaluation_is_on_the_page_with_classes_that_had_no_test_image(run, cli):
+    row = {"knn": 40.0, "linear": 51.0, "few_shot": {"1": {"mean": 19.2, "sd": 2.4}}}
+    classes = [
+        {"class": "cat", "test": 5, "knn": 20.0, "linear": 40.0},
+        {"class": "dog", "test": 0, "knn": None, "linear": None},
+    ]
+    found = {"results": {"trained encoder": row}, "images": {"train": 20, "test": 5}, "test_path": None, "input_path": "pets",
+             "verdict": "It has learned.", "standard_error": 1.1, "chance": 50.0, "per_class": classes}  # fmt: skip
+    (run / "student_3.evaluation.json").write_text(json.dumps(found))
+    assert cli("report", run)[0] == 0
+    for text in ("It has learned.", "19.2 ± 2.4", "<td>cat</td>", "5 images of pets"):
+        assert text in page(run), text
+    assert "cannot be read" not in page(run) and "<td>dog</td>" not in page(run)
 
 
 def test_csv_has_a_column_for_every_name(run, cli):
