@@ -59,6 +59,16 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise
 
 
+def check_place(option: str, target: Path, folder: bool = False, remedy: str = "") -> None:
+    """Raises InputError, naming the option and the `remedy`, unless a file, or a `folder`, can be made at `target`."""
+    if not folder and target.is_dir():
+        raise InputError(f"{option} {target} is a folder; give a file")
+    if not target.parent.is_dir():
+        raise InputError(f"{option} {target}: there is no folder {target.parent}; make it first")
+    if not os.access(target.parent, os.W_OK):
+        raise InputError(f"{option} {target}: the folder {target.parent} cannot be written to{remedy}")
+
+
 def refuse_overwriting(option: str, target: Path, *inputs: str | os.PathLike[str] | None) -> None:
     """Raises InputError when an output would replace what the command reads."""
     for given in inputs:

@@ -2,7 +2,6 @@
 
 import json as json_format
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data2vec_vision.checkpoint import atomic_write, load_encoder, refuse_overwriting
+from data2vec_vision.checkpoint import atomic_write, check_place, load_encoder, refuse_overwriting
 from data2vec_vision.device import device_name, find_device, versions
 from data2vec_vision.errors import InputError, RunFailed, Stopped, one_line
 from data2vec_vision.extract import feature_function, image_loader
@@ -158,13 +157,7 @@ def output_files(checkpoint: str, encoder: str, json: str | None, picture: str |
     files = []
     for option, given, ending in (("--json", json, ".evaluation.json"), ("--picture", picture, ".confusion.png")):
         target = Path(given or f"{stem}{ending}")
-        if target.is_dir():
-            raise InputError(f"{option} {target} is a folder; give a file")
-        if not target.parent.is_dir():
-            raise InputError(f"{option} {target}: there is no folder {target.parent}; make it first")
-        if not os.access(target.parent, os.W_OK):
-            other = "" if given else "; say where to write with --json and --picture"
-            raise InputError(f"{option} {target}: the folder {target.parent} cannot be written to{other}")
+        check_place(option, target, remedy="" if given else "; say where to write with --json and --picture")
         files.append(target)
     if files[0].resolve() == files[1].resolve():
         raise InputError(f"--json and --picture are both {files[0]}; give two files")

@@ -19,7 +19,7 @@ import timm
 import torch
 
 from data2vec_vision import __version__
-from data2vec_vision.checkpoint import STUDENT, load_encoder, sync_folder
+from data2vec_vision.checkpoint import STUDENT, check_place, load_encoder, sync_folder
 from data2vec_vision.errors import InputError, RunFailed, Stopped, one_line
 from data2vec_vision.formats import FILES, FORMATS, MARK, Encoder, for_timm, timm_call, usage
 from data2vec_vision.run import caught_signals, say, size
@@ -54,17 +54,12 @@ def export(checkpoint: str, output: str, format: str, encoder: str = "student", 
 def check_output(output: str, format: str) -> Path:
     """Raises InputError unless an export can be written to `output`."""
     target = Path(os.path.realpath(output))
-    if not target.parent.is_dir():
-        raise InputError(f"--output {output}: there is no folder {target.parent}; make it first")
-    if not os.access(target.parent, os.W_OK):
-        raise InputError(f"--output {output}: the folder {target.parent} cannot be written to")
+    check_place("--output", target, folder=format != "onnx")
     if format == "timm" and timm.models.parse_model_name(f"local-dir:{target}")[1] != str(target):
         raise InputError(f"--output {output}: timm {timm.__version__} takes no path with # ? or line ends in it")
     if format == "onnx":
         if target.suffix != ".onnx":
             raise InputError(f"--output {output} must end in .onnx")
-        if target.is_dir():
-            raise InputError(f"--output {output} is a folder; give a file")
         if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
             raise InputError(f"--format onnx needs {' and '.join(missing)}: pip install onnx onnxscript onnxruntime")
     elif target.exists() and not target.is_dir():

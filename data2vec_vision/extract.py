@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data2vec_vision import distributed
-from data2vec_vision.checkpoint import TRAINING, atomic_write, load_encoder, refuse_overwriting
+from data2vec_vision.checkpoint import TRAINING, atomic_write, check_place, load_encoder, refuse_overwriting
 from data2vec_vision.data import start_worker
 from data2vec_vision.device import cores, find_device, fused_attention_pays, set_fused_attention
 from data2vec_vision.errors import InputError, RunFailed, Stopped, one_line
@@ -103,12 +102,7 @@ def check_output(output: str, pool: str | None = None) -> Path:
     """Raises InputError unless features can be written to `output`."""
     target = Path(output)
     check_format(target, pool)
-    if target.is_dir():
-        raise InputError(f"--output {output} is a folder; give a file")
-    if not target.parent.is_dir():
-        raise InputError(f"--output {output}: there is no folder {target.parent}; make it first")
-    if not os.access(target.parent, os.W_OK):
-        raise InputError(f"--output {output}: the folder {target.parent} cannot be written to")
+    check_place("--output", target)
     if distributed.processes() > 1:
         raise InputError("extract is one process, and several would write one file; start it without torchrun")
     return target

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data2vec_vision.checkpoint import atomic_write
+from data2vec_vision.checkpoint import atomic_write, check_place
 from data2vec_vision.data import start_worker
 from data2vec_vision.device import cores, device_memory, find_device
 from data2vec_vision.duplicates import alike_groups, equal_groups
@@ -91,12 +91,7 @@ def check_outputs(outputs: dict[str, str]) -> None:
         target = Path(path)
         if target.suffix.lower() not in suffixes:
             raise InputError(f"{option} {path} must end in {' or '.join(suffixes)}")
-        if target.is_dir():
-            raise InputError(f"{option} {path} is a folder; give a file")
-        if not target.parent.is_dir():
-            raise InputError(f"{option} {path}: there is no folder {target.parent}; make it first")
-        if not os.access(target.parent, os.W_OK):
-            raise InputError(f"{option} {path}: the folder {target.parent} cannot be written to")
+        check_place(option, target)
 
 
 def look_at_all(source: ImageFolder, input_path: str, workers: int) -> Findings:

@@ -744,7 +744,7 @@ DEFECTS = [
      RUN + "verdicts.py::test_a_provoked_collapse_is_called_by_its_name"),
     ("collapsed targets are not seen", "verdict.py", "SHRUNK * first and (r2", "0 * first and (r2",
      RUN + "verdicts.py::test_a_provoked_collapse_is_called_by_its_name"),
-    ("a window is never full", "train.py", "if self._health_steps * G < least:", "if step < self.job.schedule.total_steps:",
+    ("a window is never full", "train.py", "self._health_steps * G < least:", "step < self.job.schedule.total_steps:",
      RUN + "online.py::test_figures_are_logged_once_there_are_enough_images_and_at_the_end"),
     ("an open window is lost at a stop", "train.py", 'window.get("health", {}).items()', "{}.items()",
      RUN + "online.py::test_a_resumed_run_writes_the_lines_that_it_would_have_written"),
