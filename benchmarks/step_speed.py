@@ -1,4 +1,4 @@
-"""Images/s of a training step, beside stable-pretraining's class of the same method, on the same ViT.
+"""Images/s of a training step beside stable-pretraining's class of the same method, and beside the machine's own limit.
 
     pip install -e '.[parity]'
     python benchmarks/step_speed.py --method mae --rounds 5
@@ -6,23 +6,43 @@
 One step is: forward of all networks, backward, clip, AdamW, EMA of the teacher, on views that are already in
 memory. Ours is timed as `train` runs it. stable-pretraining's classes leave optimizer and EMA to their user: they get
 torch's AdamW as its documentation shows and their own teacher update, once a step. Both have the same encoder (a timm name),
-batch, views and, where both have them, sizes of head, decoder and predictor; the rounds of all variants alternate, and each
-ratio is taken within a round. What their classes compute otherwise is said in SETTINGS.
+batch, views and, where both have them, sizes of head, decoder and predictor. What their classes compute otherwise is
+said in SETTINGS; therefore FLOP/s are compared too, of FLOPs that torch counts.
+
+Every variant has a process of its own, as it would have at its user's. The rounds of all variants alternate, and so does a
+process that only multiplies matrices: its best rate is the machine's limit. Each ratio is taken within a round.
+
+Instead of stable-pretraining's class `--beside METHOD` takes another method of ours: data2vec2 beside data2vec, say.
 """
 
 import argparse
+import multiprocessing
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 
 import timm
 import torch
+from flops import CONVOLUTION
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from data2vec_vision import methods
-from data2vec_vision.device import device_name, find_device, fused_attention_pays, multiplies_bf16, set_fused_attention
+from data2vec_vision.device import (
+    device_name,
+    fast_products,
+    find_device,
+    fused_attention_pays,
+    make_ready,
+    multiplies_bf16,
+    set_fused_attention,
+)
 from data2vec_vision.methods.base import Method
 from data2vec_vision.train import clip_and_step
 
@@ -32,6 +52,7 @@ TAU = {"tau_initial": 0.999, "tau_end": 0.999}
 # Our knobs, their class and arguments, and the views: large and small crops.
 SETTINGS: dict[str, tuple[dict[str, Any], tuple[str, dict[str, Any]], tuple[int, int]]] = {
     "data2vec": ({"mask_ratio": 0.6, **TAU}, ("Data2Vec", {"mask_ratio": 0.6}), (1, 0)),
+    "data2vec2": ({"n_masks": 8, **TAU}, ("", {}), (1, 0)),
     "mae": (
         {"decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16},
         ("MAE", {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}),
@@ -48,32 +69,116 @@ SETTINGS: dict[str, tuple[dict[str, Any], tuple[str, dict[str, Any]], tuple[int,
     # Theirs computes assignments of the small crops too.
     "swav": ({"n_prototypes": 3000, "queue_length": 0}, ("SwAV", {"n_prototypes": 3000}), (2, 6)),
 }
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def images(args: argparse.Namespace, device: torch.device) -> list[Tensor]:
+@dataclass(frozen=True)
+class Variant:
+    """What one process times; `library` is "ours", "theirs" or "limit", which multiplies matrices."""
+
+    library: str
+    method: str
+    precision: str
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        name = f"{self.library} {self.method} {self.precision}".replace("  ", " ")
+        return name + (" compiled" if self.compiled else "")
+
+
+class Timed:
+    """A variant in its process: seconds of some steps on demand."""
+
+    def __init__(self, variant: Variant, args: argparse.Namespace):
+        context = multiprocessing.get_context("spawn")
+        self.variant = variant
+        self._pipe, theirs = context.Pipe()
+        if variant.library == "ours":  # as `train` sets it, before torch is imported
+            os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        else:
+            os.environ.pop("OMP_WAIT_POLICY", None)
+        self._process = context.Process(target=serve, args=(theirs, variant, args), daemon=True)
+        self._process.start()
+        self.gflop: float = self._pipe.recv()  # of a step
+
+    def seconds(self, steps: int) -> float:
+        """A step's, the mean of so many; none end the process."""
+        self._pipe.send(steps)
+        return self._pipe.recv() if steps else 0.0
+
+
+def serve(pipe: Connection, variant: Variant, args: argparse.Namespace) -> None:
+    """The life of a variant's process: make the step, take one, then time as asked."""
+    device = find_device(args.device)
+    torch.manual_seed(0)
+    step, gflop = build(variant, args, device)
+    step()
+    pipe.send(gflop)
+    while count := pipe.recv():
+        pipe.send(seconds(step, count, device) / count)
+
+
+def build(variant: Variant, args: argparse.Namespace, device: torch.device) -> tuple[Step, float]:
+    """The variant's step and its GFLOP."""
+    dtype = DTYPES[variant.precision]
+    if variant.library == "limit":
+        return products(device, dtype)
+    views = images(variant.method, args.batch_size, device)
+    if variant.library == "theirs":
+        step = theirs(variant.method, args.model, views, dtype)
+        return step, counted(step)
+    method: Method = methods.find(variant.method)(args.model, **SETTINGS[variant.method][0])
+    make_ready(device)
+    set_fused_attention(method, fused_attention_pays(device, variant.precision))
+    gflop = counted(method_step(method, views, dtype))
+    return method_step(method, views, dtype, variant.compiled), gflop
+
+
+def counted(step: Step) -> float:
+    with FlopCounterMode(display=False, custom_mapping=CONVOLUTION) as counter:
+        step()
+    return counter.get_total_flops() / 1e9
+
+
+def products(device: torch.device, dtype: torch.dtype, rows: int = 3152, width: int = 384) -> tuple[Step, float]:
+    """Matrix products of the shape of ViT-S's feed-forward network at batch 16, by whatever makes them fastest."""
+    if device.type == "cuda":
+        rows, width = 16384, 4096
+    x = torch.randn(16, rows // 16, width, device=device, dtype=dtype)
+    weight = torch.randn(4 * width, width, device=device, dtype=dtype)
+    precision = "fp32" if dtype == torch.float32 else "other"
+
+    @torch.no_grad()
+    def step() -> None:
+        with fast_products(device, precision):
+            for _ in range(10):
+                F.linear(x, weight)
+
+    return step, 10 * 2 * (rows // 16 * 16) * width * 4 * width / 1e9
+
+
+def images(method: str, batch_size: int, device: torch.device) -> list[Tensor]:
     """The views of a batch, as random numbers."""
-    large, small = SETTINGS[args.method][2]
-    return [torch.randn(args.batch_size, 3, side, side, device=device) for side in [224] * large + [96] * small]
+    large, small = SETTINGS[method][2]
+    return [torch.randn(batch_size, 3, side, side, device=device) for side in [224] * large + [96] * small]
 
 
-def ours(args: argparse.Namespace, views: list[Tensor], dtype: torch.dtype) -> Step:
-    """A step as `train` takes it, with the attention that `train` would take."""
-    method: Method = methods.find(args.method)(args.model, **SETTINGS[args.method][0])
-    set_fused_attention(method, fused_attention_pays(views[0].device, "bf16" if dtype == torch.bfloat16 else "fp32"))
-    return method_step(method, views, dtype)
-
-
-def method_step(method: Method, views: list[Tensor], dtype: torch.dtype) -> Step:
-    """A step of a method, on views that are ready."""
+def method_step(method: Method, views: list[Tensor], dtype: torch.dtype, compiled: bool = False) -> Step:
+    """A step of a method as `train` takes it, on views that are ready."""
     device = views[0].device
     method.to(device).train()
     optimizer = torch.optim.AdamW(method.param_groups(0.05), lr=1e-4, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     masks = method.sample_masks(len(views[0]), device)  # in a run the workers draw them
+    forward = torch.compile(method) if compiled else method
+    precision = "fp32" if dtype == torch.float32 else "other"
 
     def step() -> None:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = method(views, masks=masks).loss
+        with (
+            fast_products(device, precision, compiled),
+            torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+        ):
+            loss = forward(views, masks=masks).loss
         loss.backward()
         method.before_step(0.5)
         clip_and_step(optimizer, scaler, method, 3.0)
@@ -82,18 +187,18 @@ def method_step(method: Method, views: list[Tensor], dtype: torch.dtype) -> Step
     return step
 
 
-def theirs(args: argparse.Namespace, views: list[Tensor], dtype: torch.dtype) -> Step:
+def theirs(name: str, model: str, views: list[Tensor], dtype: torch.dtype) -> Step:
     """A step of stable-pretraining's class; the coefficient is set because its update does nothing at the initial 0."""
     import stable_pretraining.methods as peers
 
-    name, arguments = SETTINGS[args.method][1]
+    peer, arguments = SETTINGS[name][1]
     device = views[0].device
-    method = getattr(peers, name)(args.model, **arguments).to(device).train()
+    method = getattr(peers, peer)(model, **arguments).to(device).train()
     teachers = [m for m in method.modules() if hasattr(m, "update_teacher")]
     for teacher in teachers:
         teacher.ema_coefficient.fill_(0.999)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.05)
-    large, _ = SETTINGS[args.method][2]
+    large, _ = SETTINGS[name][2]
 
     def step() -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -123,45 +228,56 @@ def spread(values: list[float], digits: int) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
+def compared(args: argparse.Namespace, default: str) -> tuple[list[Variant], list[tuple[int, int]]]:
+    """The variants, and which pairs of them a ratio is printed of."""
+    other = ("ours", args.beside) if args.beside else ("theirs", args.method)
+    precisions = dict.fromkeys((default, "fp32"))
+    variants = [Variant(*who, p) for p in precisions for who in (("ours", args.method), other)]
+    pairs = [(0, 1)] if len(variants) == 2 else [(0, 1), (2, 3), (0, 3)]
+    if args.compile:
+        pairs.append((len(variants), 0))
+        variants.append(Variant("ours", args.method, default, compiled=True))
+    return variants, pairs
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="data2vec", choices=list(SETTINGS))
+    parser.add_argument("--beside", choices=list(SETTINGS), help="a method of ours instead of stable-pretraining's")
     parser.add_argument("--model", default="vit_small_patch16_224")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="steps of a variant in a round")
+    parser.add_argument("--compile", action="store_true", help="ours compiled, too")
     parser.add_argument("--device")
     args = parser.parse_args()
     device = find_device(args.device)
-    import stable_pretraining
-
-    torch.manual_seed(0)
-    views = images(args, device)
-    default = torch.bfloat16 if multiplies_bf16(device) else torch.float32
-    name = str(default).removeprefix("torch.")
-    variants = {
-        "ours fp32": ours(args, views, torch.float32),
-        "theirs fp32": theirs(args, views, torch.float32),
-        f"ours {name}": ours(args, views, default),
-        f"theirs {name}": theirs(args, views, default),
-    }
-    print(f"{device_name(device)}, {torch.get_num_threads()} threads, python {platform.python_version()}, torch {torch.__version__}, "
-          f"timm {timm.__version__}, stable-pretraining {stable_pretraining.__version__}")  # fmt: skip
-    print(
-        f"{args.method}, {args.model}, batch {args.batch_size}, {args.rounds} rounds of {args.steps} steps each after a warm-up of one step"
-    )
-    for step in variants.values():
-        step()
-    times: dict[str, list[float]] = {variant: [] for variant in variants}
+    default = "bf16" if multiplies_bf16(device) else "fp32"
+    variants, pairs = compared(args, default)
+    limits = {v.precision: Variant("limit", "", v.precision) for v in variants}
+    peer = f", stable-pretraining {__import__('stable_pretraining').__version__}" if not args.beside else ""
+    print(f"{device_name(device)}, {torch.get_num_threads()} threads, python {platform.python_version()}, "
+          f"torch {torch.__version__}, timm {timm.__version__}{peer}")  # fmt: skip
+    print(f"{args.method}, {args.model}, batch {args.batch_size}, {args.rounds} rounds of {args.steps} steps each")
+    running = {variant: Timed(variant, args) for variant in (*variants, *limits.values())}
+    times: dict[Variant, list[float]] = {variant: [] for variant in running}
     for _ in range(args.rounds):
-        for variant, step in variants.items():
-            times[variant].append(seconds(step, args.steps, device))
-    for variant, values in times.items():
-        rates = [args.batch_size * args.steps / t for t in values]
-        print(f"{variant:<16} {spread(rates, 2)} images/s")
-    for a, b in (("ours fp32", "theirs fp32"), (f"ours {name}", "theirs fp32"), (f"ours {name}", f"theirs {name}")):
-        ratios = [y / x for x, y in zip(times[a], times[b])]
-        print(f"{a} / {b}: {spread(ratios, 2)} times the images/s")
+        for variant, timed in running.items():
+            times[variant].append(timed.seconds(args.steps))
+    for timed in running.values():
+        timed.seconds(0)
+    rates = {v: [running[v].gflop / t for t in ts] for v, ts in times.items()}  # GFLOP/s
+    for limit in limits.values():
+        print(f"{limit!s:<28} {spread(rates[limit], 0)} GFLOP/s in matrix products")
+    for v in variants:
+        share = [a / b for a, b in zip(rates[v], rates[limits[v.precision]])]
+        print(f"{v!s:<28} {spread([args.batch_size / t for t in times[v]], 2)} images/s, {running[v].gflop / args.batch_size:.1f} "
+              f"GFLOP an image, {spread(rates[v], 0)} GFLOP/s, {spread(share, 2)} of the limit")  # fmt: skip
+    for a, b in pairs:
+        x, y = variants[a], variants[b]
+        images_ratio = [t / s for s, t in zip(times[x], times[y])]
+        flops_ratio = [s / t for s, t in zip(rates[x], rates[y])]
+        print(f"{x} / {y}: {spread(images_ratio, 2)} times the images/s, {spread(flops_ratio, 2)} times the FLOP/s")
 
 
 if __name__ == "__main__":

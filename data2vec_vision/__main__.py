@@ -43,7 +43,7 @@ def train_option(name: str) -> click.Option:
     meta = field.metadata
     help = meta["help"] + (f"  [auto: {meta['auto']}]" if meta["auto"] else "")
     if name == "compile":
-        return click.Option(["--compile/--no-compile"], default=False, help=help)
+        return click.Option(["--compile/--no-compile"], default=None, help=help)
     if kind is bool:
         return click.Option([flag(name)], is_flag=True, help=help)
     if name == "set":

@@ -89,7 +89,7 @@ class TrainConfig:
 
     device: str | None = _machine(None, "cpu, cuda, cuda:1, mps, ...", metavar="NAME", auto="the best present")
     precision: str = _machine("auto", "Of the forward pass; weights are fp32.", choices=("auto", "bf16", "fp16", "fp32"), auto="from the device")
-    compile: bool = _machine(False, "Compile the model with torch.compile.")
+    compile: bool | None = _machine(None, "Compile the method with torch.compile.", auto="long runs in bf16 on a CPU")
     workers: int | None = _machine(None, "Processes that read images; 0: none beside the main one.", "[0, inf)", auto="from the cores")
     debug: bool = _machine(False, "Show the traceback of an error.")
 
@@ -99,6 +99,7 @@ class TrainConfig:
 # fmt: on
 
 
+LONG_WORK = 1e14  # FLOP a core, of forward passes: about half an hour of training in bf16
 SIZES = ("patch_size", "hidden_dim", "n_encoders", "n_heads")
 # What belongs to one call and not to the run: never taken over from a file.
 OF_THE_CALL = (
@@ -248,6 +249,8 @@ class Facts:
     native_bf16: bool  # whether the device multiplies bf16 matrices in hardware
     cores: int
     processes: int = 1
+    flops: float = 0.0  # of the encoder's forward pass over one image
+    compiler: bool = False  # whether there is one for torch.compile on the device
 
 
 def steps_per_epoch(config: TrainConfig, n_images: int) -> int:
@@ -310,6 +313,11 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, dict[str, s
     fill(
         "workers", min(8, max(1, facts.cores // facts.processes - 1)) if facts.cores > 1 else 0, f"{facts.cores} cores"
     )
+    # The whole run's forward passes; a compiler takes a minute or two and then gains 3 to 33 % on a CPU.
+    work = facts.flops * facts.n_images * config.epochs
+    pays = facts.device == "cpu" and values.get("precision", config.precision) == "bf16" and facts.compiler
+    long = work > LONG_WORK * facts.cores
+    fill("compile", pays and long, "a long run on a CPU")
     images = Path(config.input_path).resolve()
     name = (images.stem if images.is_file() else images.name) or "images"
     fill("checkpoint_out_dir", str(Path("runs") / f"{name}-{Path(config.method).stem}"), "")

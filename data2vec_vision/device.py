@@ -2,6 +2,8 @@
 
 import os
 import platform
+import shutil
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy
@@ -12,6 +14,7 @@ import torchvision
 from torch import nn
 
 from data2vec_vision import distributed
+from data2vec_vision.cpu import LinearAsConvolution, keep_freed_memory, mkl_is_slow
 from data2vec_vision.errors import InputError
 
 
@@ -55,6 +58,24 @@ def multiplies_bf16(device: torch.device) -> bool:
 def fused_attention_pays(device: torch.device, precision: str) -> bool:
     """Whether torch's fused attention is the faster one: not in bf16 on a CPU (benchmarks/RESULTS.md)."""
     return not (device.type == "cpu" and precision == "bf16")
+
+
+def make_ready(device: torch.device) -> None:
+    """What to do once before much is computed on the device."""
+    if device.type == "cpu":
+        keep_freed_memory()
+
+
+def fast_products(device: torch.device, precision: str, compiled: bool = False) -> AbstractContextManager[Any]:
+    """Within it linear maps are computed by the fastest library there is; a compiler makes its own choice."""
+    slow = device.type == "cpu" and precision == "fp32" and not compiled and mkl_is_slow()
+    return LinearAsConvolution() if slow else nullcontext()
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile finds a C++ compiler, which it needs for a CPU."""
+    default = "clang++" if platform.system() == "Darwin" else "g++"
+    return platform.system() != "Windows" and shutil.which(os.environ.get("CXX", default)) is not None
 
 
 def cores() -> int:

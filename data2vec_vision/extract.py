@@ -15,7 +15,14 @@ from tqdm import tqdm
 from data2vec_vision import distributed
 from data2vec_vision.checkpoint import TRAINING, atomic_write, check_place, load_encoder, refuse_overwriting
 from data2vec_vision.data import start_worker
-from data2vec_vision.device import cores, find_device, fused_attention_pays, set_fused_attention
+from data2vec_vision.device import (
+    cores,
+    fast_products,
+    find_device,
+    fused_attention_pays,
+    make_ready,
+    set_fused_attention,
+)
 from data2vec_vision.errors import InputError, RunFailed, Stopped, one_line
 from data2vec_vision.partial import Partial
 from data2vec_vision.run import caught_signals, plural, say
@@ -183,13 +190,14 @@ def feature_function(
 
     `pool` is mean, cls, patch, grid, or None for the model's own; `layer` in [1, L], or None: after the final norm.
     """
+    make_ready(device)
     set_fused_attention(model, fused_attention_pays(device, precision))
     n_prefix = model.vit.num_prefix_tokens
 
     @torch.inference_mode()
     def compute(pixels: Tensor) -> Tensor:
         images = model.transform.normalized(pixels.to(device, non_blocking=True))
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with fast_products(device, precision), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             if layer is None:
                 encoded = model.encode(images)
             else:

@@ -16,6 +16,7 @@ from data2vec_vision.errors import one_line
 from data2vec_vision.plan import Job
 from data2vec_vision.run import BadFiles, command, duration, plural, size
 from data2vec_vision.sources import ImageFolder
+from data2vec_vision.vit import forward_flops
 
 # Of what `resolve` chose, what the plan prints with its reason.
 SHOWN = ("k", "tau_initial", "tau_end", "max_lr", "precision", "workers")
@@ -51,7 +52,8 @@ def describe(job: Job) -> str:
                      "does not show them more")] if method.batch_statistics else []),
         ("Length", f"{plural(config.epochs, 'epoch', 'epochs')} of {plural(spe, 'step', 'steps')} = "
                    f"{plural(total, 'step', 'steps')}"),
-        ("Device", f"{device_name(job.device)}, {config.precision}, {plural(config.workers, 'worker', 'workers')}"),
+        ("Device", f"{device_name(job.device)}, {config.precision}, {plural(config.workers, 'worker', 'workers')}"
+                   f"{', compiled: the first step takes a minute or two' if config.compile else ''}"),
     ]  # fmt: skip
     settings = [
         f"{flag(name)} {value:g} ({why})"
@@ -148,12 +150,12 @@ def advice_if_long(job: Job, left: float) -> str:
     if job.device.type != "cpu" or left < LONG_ON_CPU or job.restored is not None:
         return ""
     config, vit = job.config, job.method.student
-    now = cost(vit.n_patches, vit.embed_dim, vit.depth) * config.epochs
+    now = forward_flops(vit.n_patches, vit.embed_dim, vit.depth) * config.epochs
     for image_size, patch_size, width, depth, epochs in SMALLER:
         if image_size > config.image_size:  # nobody wants small images blown up
             image_size, patch_size = config.image_size, vit.patch_size
         epochs = min(epochs, config.epochs)
-        time_then = left * cost((image_size // patch_size) ** 2, width, depth) * epochs / now
+        time_then = left * forward_flops((image_size // patch_size) ** 2, width, depth) * epochs / now
         if time_then < LONG_ON_CPU:
             instead = " instead of --model" if config.model else ""
             return (
@@ -161,11 +163,6 @@ def advice_if_long(job: Job, left: float) -> str:
                 f"--patch-size {patch_size} --hidden-dim {width} --n-encoders {depth} --epochs {epochs}{instead}"
             )
     return "That is long for a CPU, and so would be every smaller setting worth having; take a GPU, or fewer images."
-
-
-def cost(patches: int, width: int, depth: int) -> int:
-    """Multiplications of one forward pass, up to a factor: the linear maps and the attention."""
-    return depth * (24 * patches * width**2 + 4 * patches**2 * width)
 
 
 def farewell(job: Job, bad_files: BadFiles) -> str:

@@ -25,6 +25,8 @@ from data2vec_vision.device import (
     device_exists,
     find_device,
     fused_attention_pays,
+    has_compiler,
+    make_ready,
     multiplies_bf16,
     set_fused_attention,
     versions,
@@ -35,7 +37,7 @@ from data2vec_vision.methods.base import Method
 from data2vec_vision.schedules import Plan
 from data2vec_vision.seeding import seeded
 from data2vec_vision.sources import ImageFolder, open_source
-from data2vec_vision.vit import DEFAULT_MODEL, build_vit
+from data2vec_vision.vit import DEFAULT_MODEL, build_vit, forward_flops
 
 # What a resumed run may do differently, because it does not change what is computed.
 MAY_DIFFER = {
@@ -113,6 +115,8 @@ def prepare(config: TrainConfig) -> Job:
             native_bf16=multiplies_bf16(device),
             cores=cores(),
             processes=distributed.processes(),
+            flops=forward_flops(vit.patch_embed.num_patches, vit.embed_dim, len(vit.blocks)),
+            compiler=has_compiler(),
         )
         config, reasons = resolve(config, facts)
         check(config)
@@ -216,6 +220,7 @@ def refuse_changed_images(source: ImageFolder, content: Mapping[str, Any], confi
 
 def made_ready(job: Job) -> Job:
     """The job, made ready for its device. Raises InputError for what only shows when everything is known."""
+    make_ready(job.device)
     set_fused_attention(job.method, fused_attention_pays(job.device, job.config.precision))
     if job.source.would_take_in(job.folder):
         raise InputError(

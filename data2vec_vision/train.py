@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import logging
 import math
 import signal
 import time
@@ -20,8 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 from data2vec_vision import checkpoint, distributed
 from data2vec_vision.config import TrainConfig, not_default
 from data2vec_vision.data import Batch, MicroBatches, Stream, StreamDataset, make_loader
+from data2vec_vision.device import fast_products
 from data2vec_vision.errors import InputError, RunFailed, Stopped, one_line
 from data2vec_vision.messages import describe, estimate, failure, farewell, go_on
+from data2vec_vision.methods.base import Output
 from data2vec_vision.monitor import WINDOW, health, health_sums, on_host
 from data2vec_vision.online import Onlooker
 from data2vec_vision.plan import Job, prepare, restore
@@ -50,7 +53,7 @@ def training_steps(job: Job, optimizer: torch.optim.Optimizer, scaler: torch.amp
     """Train, from the job's first step to its last; yields after each."""
     config, method, device, schedule = job.config, job.method, job.device, job.schedule
     rank, autocast = distributed.rank(), config.precision != "fp32"
-    forward = compiled_and_parallel(job)
+    forward, products = compiled_and_parallel(job), fast_products(device, config.precision, config.compile)
     batches = iter(loader(job))
     method.train()
     for step in range(job.first_step, schedule.total_steps):
@@ -73,7 +76,7 @@ def training_steps(job: Job, optimizer: torch.optim.Optimizer, scaler: torch.amp
             seed_device(device, config.seed, "dropout", step, micro, rank)
             last = micro + 1 == config.grad_accum
             with contextlib.nullcontext() if last else without_all_reduce(forward):
-                with torch.autocast(device.type, DTYPES[config.precision], enabled=autocast):
+                with products, torch.autocast(device.type, DTYPES[config.precision], enabled=autocast):
                     output = forward(views, masks=batch.masks | shared)
                 # A loss that is not finite may have a finite gradient; the factor, else exactly 1, spoils that too.
                 loss = output.loss * (1 + 0 * output.loss.detach())
@@ -314,13 +317,32 @@ def loader(job: Job) -> Iterable[Batch]:
 
 def compiled_and_parallel(job: Job) -> nn.Module:
     """The method, compiled where asked for, and with its gradients averaged over the processes."""
-    forward: nn.Module = job.method
-    if job.config.compile:
-        forward = torch.compile(forward)  # type: ignore[assignment]
+    forward: nn.Module = Compiled(job.method) if job.config.compile else job.method
     if distributed.processes() > 1:
         index = None if job.device.type == "cpu" else [job.device.index]
         forward = DistributedDataParallel(forward, index, broadcast_buffers=False, gradient_as_bucket_view=True)
     return forward
+
+
+class Compiled(nn.Module):
+    """The method by torch.compile or, where that fails, as it is, which is said once."""
+
+    def __init__(self, method: nn.Module):
+        super().__init__()
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it looks for CUDA, on a CPU too
+        self.method = method
+        self._forward = torch.compile(method.forward)
+
+    def forward(self, views: list[Tensor], masks: dict[str, Tensor]) -> Output:
+        try:
+            return self._forward(views, masks=masks)
+        except Exception as error:
+            if self._forward == self.method.forward or not type(error).__module__.startswith("torch._"):
+                raise
+            reason = one_line(error).partition(" Set TORCH")[0]
+            say(f"Note     torch.compile does not work here, so the run goes on without it: {reason}")
+            self._forward = self.method.forward
+            return self._forward(views, masks=masks)
 
 
 def without_all_reduce(forward: nn.Module) -> contextlib.AbstractContextManager[None]:

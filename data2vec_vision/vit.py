@@ -287,6 +287,11 @@ def has_separate_ffn(vit: VisionTransformer) -> bool:
     return all(type(block) is Block for block in vit.blocks)
 
 
+def forward_flops(patches: int, width: int, depth: int) -> int:
+    """FLOP of one forward pass of the blocks over one image: the linear maps and the attention."""
+    return depth * (24 * patches * width**2 + 4 * patches**2 * width)
+
+
 def build_vit(model: str = DEFAULT_MODEL, pretrained: bool = False, **arguments: Any) -> VisionTransformer:
     """A timm VisionTransformer by name, without its head; `arguments` as for timm.create_model.
 

@@ -8,6 +8,7 @@ import data2vec_vision
 PACKAGE = Path(data2vec_vision.__file__).parent
 GROUND = [
     "errors",
+    "cpu",
     "distributed",
     "seeding",
     "patches",

@@ -12,6 +12,7 @@ from data2vec_vision import messages
 from data2vec_vision.config import TrainConfig
 from data2vec_vision.plan import prepare
 from data2vec_vision.run import duration, size
+from data2vec_vision.vit import forward_flops
 
 
 @pytest.fixture
@@ -59,8 +60,8 @@ def test_a_run_that_no_smaller_setting_makes_short_is_told_so(job):
 
 def test_the_time_of_the_smaller_setting_follows_from_the_multiplications():
     """Half the width and a quarter of the patches are about a sixteenth of the work, a bit less attention apart."""
-    assert messages.cost(49, 192, 12) < messages.cost(196, 384, 12) / 16
-    assert messages.cost(49, 192, 12) > messages.cost(196, 384, 12) / 20
+    assert forward_flops(49, 192, 12) < forward_flops(196, 384, 12) / 16
+    assert forward_flops(49, 192, 12) > forward_flops(196, 384, 12) / 20
 
 
 def test_the_estimate_names_the_end(job):

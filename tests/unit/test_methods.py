@@ -1,5 +1,6 @@
 """What every method must do, whatever it computes: train all it has, keep its teacher still, repeat, slice, overfit."""
 
+import contextlib
 import copy
 import pickle
 
@@ -9,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 import data2vec_vision as d2v
-from data2vec_vision import methods
+from data2vec_vision import cpu, methods
 from data2vec_vision.methods.base import stack_masks
 from data2vec_vision.patches import patchify
 from data2vec_vision.seeding import generator
@@ -296,6 +297,24 @@ def test_masks_that_differ_in_length_are_cut_to_the_shortest():
         [{"keep": torch.arange(5), "query": torch.ones(2, 3)}, {"keep": torch.arange(2, 5), "query": torch.ones(2, 3)}]
     )
     assert masks["keep"].tolist() == [[0, 1, 2], [2, 3, 4]] and masks["query"].shape == (2, 2, 3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_linear_maps_as_convolutions_train_the_same(name, monkeypatch):
+    monkeypatch.setattr(cpu, "LEAST_ROWS", 1)
+    monkeypatch.setattr(cpu, "LEAST_MULTIPLICATIONS", 1)
+    results = []
+    for context in (contextlib.nullcontext(), cpu.LinearAsConvolution()):
+        method = make(name, torch.float32)
+        views, masks = batch(method)
+        with context:
+            loss = method(views, masks=masks).loss
+        loss.backward()
+        gradients = [p.grad for p in method.parameters() if p.grad is not None]
+        results.append((loss.item(), torch.cat([g.flatten() for g in gradients])))
+    (loss, gradient), (loss_as_convolution, gradient_as_convolution) = results
+    assert loss_as_convolution == pytest.approx(loss, rel=1e-5)
+    assert nn.functional.cosine_similarity(gradient, gradient_as_convolution, dim=0) > 0.9999
 
 
 @pytest.mark.parametrize("name", NAMES)

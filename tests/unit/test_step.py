@@ -1,0 +1,134 @@
+"""What an optimizer step does beside its arithmetic: no waiting for the device, and a compiler that may fail."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from data2vec_vision import train
+from data2vec_vision.config import TrainConfig
+from data2vec_vision.plan import prepare
+from data2vec_vision.train import Compiled, Window, optimizer_and_scaler, training_steps
+
+NAMES = ["data2vec", "data2vec2", "ijepa", "mae", "msn", "swav"]
+# Operations whose result the host has to see, so that it waits for the device.
+WAITING = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "equal",
+    "is_nonzero",
+    "_unique2",
+    "unique_dim",
+    "bincount",
+}
+
+
+class Calls(TorchFunctionMode):
+    """The part of `Waits` for calls that become no operation where tensors are in the host's memory anyway."""
+
+    def __init__(self, waits):
+        super().__init__()
+        self.waits = waits
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy):
+            self.waits.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class Waits(TorchDispatchMode):
+    """Notes every operation within it that would make the host wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.calls = [], Calls(self)
+
+    def __enter__(self):
+        self.calls.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.calls.__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(t, torch.Tensor)]
+        by_mask = name.startswith("index") and any(t.dtype in (torch.bool, torch.uint8) for t in tensors[1:])
+        if name in WAITING or by_mask:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def job_of(images, **settings):
+    sizes = {"image_size": 16, "patch_size": 4, "hidden_dim": 32, "n_encoders": 2, "n_heads": 2, "batch_size": 4}
+    return prepare(TrainConfig(str(images), workers=0, device="cpu", epochs=1, **(sizes | settings)))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_no_step_waits_for_the_device_until_a_line_is_logged(images, name, precision, monkeypatch):
+    job = job_of(images, method=name, precision=precision, grad_accum=2)
+    batches = list(train.loader(job))  # images and masks are made on the host, in a run by the workers
+    monkeypatch.setattr(train, "loader", lambda job: batches)
+    window = Window(job)
+    steps = training_steps(job, *optimizer_and_scaler(job))
+    window.add(next(steps))
+    with Waits() as waits:
+        step = next(steps)
+        window.add(step)
+    assert waits.names == []
+
+
+def test_waiting_would_be_seen():
+    x = torch.arange(3.0)
+    for wait in (lambda: x.sum().item(), x.tolist, x.cpu, x.numpy, lambda: bool(x[0] > 0), lambda: x[x > 1], x.nonzero):
+        with Waits() as waits:
+            wait()
+        assert waits.names
+
+
+def test_where_nothing_compiles_the_run_goes_on_and_says_so_once(images, monkeypatch, capsys):
+    def broken(function):
+        def run(*args, **kwargs):
+            raise torch._dynamo.exc.TorchDynamoException("no compiler\n Set TORCHDYNAMO_VERBOSE=1 for more")
+
+        return run
+
+    monkeypatch.setattr(train.torch, "compile", broken)
+    losses = {}
+    for compiled in (True, False):
+        job = job_of(images, compile=compiled)
+        losses[compiled] = [s.logs["loss"].item() for s in training_steps(job, *optimizer_and_scaler(job))]
+    assert losses[True] == losses[False]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "Note     torch.compile does not work here, so the run goes on without it: TorchDynamoException: no compiler"
+    ]
+
+
+def test_an_error_of_the_method_is_no_error_of_the_compiler(monkeypatch):
+    class Method(torch.nn.Module):
+        def forward(self, views, masks):
+            raise ValueError("of the method")
+
+    monkeypatch.setattr(train.torch, "compile", lambda function: function)
+    with pytest.raises(ValueError, match="of the method"):
+        Compiled(Method())([], masks={})
+
+
+def test_only_long_runs_in_bf16_on_a_cpu_with_a_compiler_are_compiled(images):
+    from data2vec_vision.config import Facts, resolve
+
+    facts = Facts(n_images=100_000, image_size=224, depth=12, recipe={}, device="cpu", native_bf16=True, cores=2,
+                  flops=9.2e9, compiler=True)  # fmt: skip
+    config = TrainConfig(str(images), epochs=10)
+    assert resolve(config, facts)[0].compile is True
+    other = [{"n_images": 100}, {"native_bf16": False}, {"device": "cuda"}, {"compiler": False}, {"cores": 256}]
+    for change in other:
+        assert resolve(config, dataclasses.replace(facts, **change))[0].compile is False, change
+    for typed in (True, False):
+        assert resolve(dataclasses.replace(config, compile=typed), facts)[0].compile is typed
