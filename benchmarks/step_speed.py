@@ -174,12 +174,10 @@ def method_step(method: Method, views: list[Tensor], dtype: torch.dtype, compile
     precision = "fp32" if dtype == torch.float32 else "other"
 
     def step() -> None:
-        with (
-            fast_products(device, precision, compiled),
-            torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
-        ):
-            loss = forward(views, masks=masks).loss
-        loss.backward()
+        with fast_products(device, precision, compiled):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss = forward(views, masks=masks).loss
+            loss.backward()
         method.before_step(0.5)
         clip_and_step(optimizer, scaler, method, 3.0)
         method.after_step(0.5)

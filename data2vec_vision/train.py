@@ -75,8 +75,8 @@ def training_steps(job: Job, optimizer: torch.optim.Optimizer, scaler: torch.amp
             views = [method.student.transform.normalized(view) for view in batch.views]
             seed_device(device, config.seed, "dropout", step, micro, rank)
             last = micro + 1 == config.grad_accum
-            with contextlib.nullcontext() if last else without_all_reduce(forward):
-                with products, torch.autocast(device.type, DTYPES[config.precision], enabled=autocast):
+            with products, contextlib.nullcontext() if last else without_all_reduce(forward):
+                with torch.autocast(device.type, DTYPES[config.precision], enabled=autocast):
                     output = forward(views, masks=batch.masks | shared)
                 # A loss that is not finite may have a finite gradient; the factor, else exactly 1, spoils that too.
                 loss = output.loss * (1 + 0 * output.loss.detach())

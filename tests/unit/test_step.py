@@ -11,6 +11,7 @@ from data2vec_vision import train
 from data2vec_vision.config import TrainConfig
 from data2vec_vision.plan import prepare
 from data2vec_vision.train import Compiled, Window, optimizer_and_scaler, training_steps
+from data2vec_vision.vit import MaskedVisionTransformer
 
 NAMES = ["data2vec", "data2vec2", "ijepa", "mae", "msn", "swav"]
 # Operations whose result the host has to see, so that it waits for the device.
@@ -24,6 +25,18 @@ WAITING = {
     "unique_dim",
     "bincount",
 }
+
+
+class Operations(TorchDispatchMode):
+    """The names of all operations within it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 class Calls(TorchFunctionMode):
@@ -132,3 +145,47 @@ def test_only_long_runs_in_bf16_on_a_cpu_with_a_compiler_are_compiled(images):
         assert resolve(config, dataclasses.replace(facts, **change))[0].compile is False, change
     for typed in (True, False):
         assert resolve(dataclasses.replace(config, compile=typed), facts)[0].compile is typed
+
+
+# How often a step calls student and teacher, on which sizes of image, and of how many blocks it keeps the state.
+CALLS = {
+    "data2vec": ([(16, 0)], [(16, 2)]),
+    "data2vec2": ([(16, 0)], [(16, 2)]),
+    "ijepa": ([(16, 0)], [(16, 0)]),
+    "mae": ([(16, 0)], []),
+    "msn": ([(16, 0), (8, 0)], [(16, 0)]),
+    "swav": ([(16, 0), (8, 0)], []),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_calls_each_network_once_a_resolution_and_keeps_the_states_that_it_needs(images, name, monkeypatch):
+    job = job_of(images, method=name, precision="bf16")
+    calls = {True: [], False: []}
+    encode = MaskedVisionTransformer.encode
+
+    def counted(self, x, *args, **kwargs):
+        encoded = encode(self, x, *args, **kwargs)
+        is_student = self is job.method.student
+        calls[is_student].append((x.shape[-1], len(encoded.hidden)))
+        if not is_student:  # the teacher: in bf16, and nothing is kept for a backward pass
+            assert not encoded.tokens.requires_grad and not any(h.requires_grad for h in encoded.hidden)
+            assert all(h.dtype == torch.bfloat16 for h in encoded.hidden)
+        return encoded
+
+    monkeypatch.setattr(MaskedVisionTransformer, "encode", counted)
+    next(training_steps(job, *optimizer_and_scaler(job)))
+    student, teacher = CALLS[name]
+    assert sorted(calls[True], reverse=True) == student and calls[False] == teacher
+
+
+@pytest.mark.parametrize("name", ["data2vec", "mae"])
+def test_optimizer_and_teacher_move_all_their_tensors_at_once(images, name):
+    job = job_of(images, method=name)
+    steps = training_steps(job, *optimizer_and_scaler(job))
+    next(steps)
+    with Operations() as seen:
+        next(steps)
+    assert seen.names.count("_fused_adamw_") == 2  # a call for the decayed and one for the others
+    assert seen.names.count("_foreach_lerp_") == (name == "data2vec")
+    assert not {"lerp_", "addcdiv_"} & set(seen.names)
