@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from data2vec_vision.targets import at_least_fp32, instance_norm, layer_norm, mean_of_blocks, target_health
+from data2vec_vision.targets import at_least_fp32, instance_norm, layer_norm, mean_of_blocks, spread, target_health
 
 
 def states(count=3, batch=2, patches=5, width=8):
@@ -97,3 +97,10 @@ def test_target_health_sees_a_collapse_that_a_layer_norm_hides():
     healthy = layer_norm(torch.randn(4, 10, 64))
     assert target_health(healthy, collapsed)["target_std"] > 0.8
     assert target_health(healthy.view(2, 2, 10, 64), collapsed)["target_std"] > 0.8
+
+
+def test_the_spread_is_torchs_standard_deviation():
+    x = 3 + 2 * torch.randn(4, 50, 16, generator=torch.Generator().manual_seed(0))
+    expected = x.flatten(0, 1).std(dim=0, unbiased=False).mean()
+    torch.testing.assert_close(spread(x), expected)
+    assert target_health(x, 2 * x)["prediction_std"] == pytest.approx(2 * expected.item(), rel=1e-5)
