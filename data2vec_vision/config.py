@@ -90,6 +90,7 @@ class TrainConfig:
     device: str | None = _machine(None, "cpu, cuda, cuda:1, mps, ...", metavar="NAME", auto="the best present")
     precision: str = _machine("auto", "Of the forward pass; weights are fp32.", choices=("auto", "bf16", "fp16", "fp32"), auto="from the device")
     compile: bool = _machine(False, "Compile the model with torch.compile.")
+    grad_checkpointing: bool = _machine(False, "Recompute activations in the backward pass: less memory, slower.")
     workers: int | None = _machine(None, "Processes that read images; 0: none beside the main one.", "[0, inf)", auto="from the cores")
     debug: bool = _machine(False, "Show the traceback of an error.")
 

@@ -27,6 +27,7 @@ from data2vec_vision.device import (
     fused_attention_pays,
     multiplies_bf16,
     set_fused_attention,
+    set_grad_checkpointing,
     versions,
 )
 from data2vec_vision.errors import InputError
@@ -43,6 +44,7 @@ MAY_DIFFER = {
     "device",
     "workers",
     "compile",
+    "grad_checkpointing",
     "save_every",
     "log_every",
     "checkpoint_minutes",
@@ -217,6 +219,7 @@ def refuse_changed_images(source: ImageFolder, content: Mapping[str, Any], confi
 def made_ready(job: Job) -> Job:
     """The job, made ready for its device. Raises InputError for what only shows when everything is known."""
     set_fused_attention(job.method, fused_attention_pays(job.device, job.config.precision))
+    set_grad_checkpointing(job.method, job.config.grad_checkpointing)
     if job.source.would_take_in(job.folder):
         raise InputError(
             f"the run would write to {job.folder}, inside the folder of the images; "

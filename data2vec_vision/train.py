@@ -81,6 +81,7 @@ def training_steps(job: Job, optimizer: torch.optim.Optimizer, scaler: torch.amp
             logs.add({"loss": output.loss.detach(), **output.logs})
             for name, value in health_sums(output.embedding, output.extras, method.student.n_patches).items():
                 sums[name] = sums.get(name, 0) + value
+            del output, loss  # else predictions and targets live until the next pass has made its own
         progress = schedule.progress(step + 1)
         method.before_step(progress)
         norm, skipped = clip_and_step(optimizer, scaler, method, config.clip_grad)

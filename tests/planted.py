@@ -43,7 +43,7 @@ DEFECTS = [
      UNIT + "data2vec.py::test_target_equals_naive_code"),
     ("no norm of each block's state", "targets.py", "NORMS[norm](at_least_fp32(h))", "at_least_fp32(h)",
      UNIT + "data2vec.py::test_target_equals_naive_code"),
-    ("no norm after the mean", "targets.py", "return layer_norm(torch.stack(", "return (torch.stack(",
+    ("no norm after the mean", "targets.py", "return layer_norm(total", "return (total",
      UNIT + "data2vec.py::test_target_equals_naive_code"),
     ("the lowest blocks instead of the top ones", "vit.py", "range(self.depth - (k or self.depth), self.depth)", "range(k or self.depth)",
      UNIT + "data2vec.py::test_target_equals_naive_code"),

@@ -19,6 +19,7 @@ GROUND = [
     "monitor",
     "verdict",
     "duplicates",
+    "live_bytes",
 ]
 MODELS_AND_DATA = [
     "config",
