@@ -137,6 +137,7 @@ class Run:
         images = [method.student.transform.normalized(view) for view in views]
         with torch.autocast("cpu", torch.bfloat16):
             output = method(images, masks=masks)
+        del images
         output.loss.backward()
         health_sums(output.embedding, output.extras, method.student.n_patches)
         del output

@@ -75,6 +75,7 @@ def training_steps(job: Job, optimizer: torch.optim.Optimizer, scaler: torch.amp
             with contextlib.nullcontext() if last else without_all_reduce(forward):
                 with torch.autocast(device.type, DTYPES[config.precision], enabled=autocast):
                     output = forward(views, masks=batch.masks | shared)
+                del views  # the backward pass needs none
                 # A loss that is not finite may have a finite gradient; the factor, else exactly 1, spoils that too.
                 loss = output.loss * (1 + 0 * output.loss.detach())
                 scaler.scale(loss / config.grad_accum).backward()

@@ -184,4 +184,4 @@ class Data2Vec2(Method):
 
 def scaled_square(prediction: Tensor, target: Tensor) -> Tensor:
     """Squared error summed over the D channels, over root D, mean over tokens (the published code's scale)."""
-    return (prediction - target).square().mean() * prediction.shape[-1] ** 0.5
+    return F.mse_loss(prediction, target) * prediction.shape[-1] ** 0.5
