@@ -49,7 +49,11 @@ CROPS = {"msn": (2, 10), "swav": (2, 6)}  # large and small ones; the others tak
 MEMORIES = (8, 16, 24, 80)  # GB of 2^30 bytes
 RESERVE = 0.1
 FAKE = FakeTensorMode()
-BATCHES = (256, 512, 768)  # two for the line, the third to see that it is one; smaller ones peak with their gradients
+BATCHES = (
+    1024,
+    1536,
+    2048,
+)  # two for the line, the third to see that it is one; small batches peak with their gradients
 
 
 LAYER_NORM = nn.functional.layer_norm
@@ -154,12 +158,17 @@ class Run:
         return fixed, an_image
 
     def largest(self, memory: float) -> int:
-        """The largest batch whose step stays within `memory` bytes; 0 where none does."""
-        fixed, an_image = self.line()
-        size, least = int((memory - fixed) / an_image), self.method.smallest_batch
-        while size >= least and self.peak(size) > memory:  # small batches: the gradients weigh more than the line says
-            size -= 1
-        return size if size >= least else 0
+        """The largest batch whose step stays within `memory` bytes; 0 where none does. Each size tried is measured."""
+        fits, too_large = self.method.smallest_batch, 64
+        if self.peak(fits) > memory:
+            return 0
+        while self.peak(too_large) <= memory:
+            fits, too_large = too_large, 2 * too_large
+        while too_large - fits > 1:  # nearly a line between the two
+            share = (memory - self.peak(fits)) / (self.peak(too_large) - self.peak(fits))
+            size = min(max(fits + int(share * (too_large - fits)), fits + 1), too_large - 1)
+            fits, too_large = (size, too_large) if self.peak(size) <= memory else (fits, size)
+        return fits
 
 
 def largest_masks(method: Method, size: int) -> dict[str, Tensor]:
