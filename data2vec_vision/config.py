@@ -90,6 +90,7 @@ class TrainConfig:
     device: str | None = _machine(None, "cpu, cuda, cuda:1, mps, ...", metavar="NAME", auto="the best present")
     precision: str = _machine("auto", "Of the forward pass; weights are fp32.", choices=("auto", "bf16", "fp16", "fp32"), auto="from the device")
     compile: bool | None = _machine(None, "Compile the method with torch.compile.", auto="long runs in bf16 on a CPU")
+    grad_checkpointing: bool = _machine(False, "Recompute activations in the backward pass: less memory, slower.")
     workers: int | None = _machine(None, "Processes that read images; 0: none beside the main one.", "[0, inf)", auto="from the cores")
     debug: bool = _machine(False, "Show the traceback of an error.")
 

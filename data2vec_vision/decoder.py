@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from data2vec_vision.errors import InputError
 from data2vec_vision.patches import sincos_position, take
+from data2vec_vision.vit import run_block
 
 
 class Decoded(NamedTuple):
@@ -64,6 +65,7 @@ class MaskedVisionTransformerDecoder(nn.Module):
             *(Block(dim, num_heads, mlp_ratio, qkv_bias=True, drop_path=rate, norm_layer=norm) for rate in rates)
         )
         self.norm = norm(dim)
+        self.grad_checkpointing = False
         self.apply(xavier if init == "xavier" else trunc_normal)
         trunc_normal_(self.mask_token, std=0.02)
 
@@ -78,7 +80,7 @@ class MaskedVisionTransformerDecoder(nn.Module):
         )  # in fp32, as the encoder's residual stream, whatever autocast makes of tokens
         if query is not None:
             x = torch.cat([x, self.mask_token + self.position[query]], dim=1)
-        x = self.norm(self.blocks(x))
+        x = self._decode(x)
         return Decoded(x[:, :n], x[:, n:])
 
     def forward_full(
@@ -97,7 +99,12 @@ class MaskedVisionTransformerDecoder(nn.Module):
             # Chosen, not multiplied: what stands at a masked place, NaN included, must not leak.
             tokens = torch.where(mask.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
         x = tokens + self.position
-        return self.norm(self.blocks(x if keep is None else take(x, keep)))
+        return self._decode(x if keep is None else take(x, keep))
+
+    def _decode(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = run_block(block, x, recompute=self.grad_checkpointing and self.training)
+        return self.norm(x)
 
 
 def xavier(module: nn.Module) -> None:

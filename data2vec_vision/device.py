@@ -123,3 +123,11 @@ def set_fused_attention(model: nn.Module, fused: bool) -> None:
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = fused
+
+
+def set_grad_checkpointing(model: nn.Module, recompute: bool) -> None:
+    """Whether the blocks in `model` that train compute what is inside them again in the backward pass, or keep it."""
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "grad_checkpointing"):  # timm's encoders and our decoders; a teacher is not in training mode
+            module.grad_checkpointing = recompute

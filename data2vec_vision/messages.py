@@ -124,6 +124,7 @@ def failure(error: Exception, job: Job, traceback: Path | None) -> str:
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         smaller = f"--batch-size {config.batch_size // 2} --grad-accum {config.grad_accum * 2}, the same images a step"
         advice = smaller if config.batch_size % 2 == 0 else "a smaller --batch-size"
+        advice += "" if config.grad_checkpointing else ", or --grad-checkpointing, which is slower"
         return f"the memory of {job.device} is not enough for batches of {config.batch_size}; try {advice}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
         return f"cannot write to {job.folder}: {error.strerror}; make room there"

@@ -29,6 +29,7 @@ from data2vec_vision.device import (
     make_ready,
     multiplies_bf16,
     set_fused_attention,
+    set_grad_checkpointing,
     versions,
 )
 from data2vec_vision.errors import InputError
@@ -45,6 +46,7 @@ MAY_DIFFER = {
     "device",
     "workers",
     "compile",
+    "grad_checkpointing",
     "save_every",
     "log_every",
     "checkpoint_minutes",
@@ -222,6 +224,7 @@ def made_ready(job: Job) -> Job:
     """The job, made ready for its device. Raises InputError for what only shows when everything is known."""
     make_ready(job.device)
     set_fused_attention(job.method, fused_attention_pays(job.device, job.config.precision))
+    set_grad_checkpointing(job.method, job.config.grad_checkpointing)
     if job.source.would_take_in(job.folder):
         raise InputError(
             f"the run would write to {job.folder}, inside the folder of the images; "

@@ -4,6 +4,7 @@ Shapes: B batch, S patches, D width.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ def mean_of_blocks(hidden: Sequence[Tensor], norm: str) -> Tensor:
 
     data2vec (Baevski et al. 2022, section 3.3) and data2vec 2.0; `norm` is "instance" or "layer".
     """
-    return layer_norm(torch.stack([NORMS[norm](at_least_fp32(h)) for h in hidden]).mean(dim=0))
+    total: Any = sum(NORMS[norm](at_least_fp32(h)) for h in hidden)  # one at a time: a stack would hold all L in fp32
+    return layer_norm(total / len(hidden))
 
 
 def target_health(target: Tensor, prediction: Tensor) -> dict[str, Tensor]:

@@ -78,12 +78,14 @@ def training_steps(job: Job, optimizer: torch.optim.Optimizer, scaler: torch.amp
             with products, contextlib.nullcontext() if last else without_all_reduce(forward):
                 with torch.autocast(device.type, DTYPES[config.precision], enabled=autocast):
                     output = forward(views, masks=batch.masks | shared)
+                del views  # the backward pass needs none
                 # A loss that is not finite may have a finite gradient; the factor, else exactly 1, spoils that too.
                 loss = output.loss * (1 + 0 * output.loss.detach())
                 scaler.scale(loss / config.grad_accum).backward()
             logs.add({"loss": output.loss.detach(), **output.logs})
             for name, value in health_sums(output.embedding, output.extras, method.student.n_patches).items():
                 sums[name] = sums.get(name, 0) + value
+            del output, loss  # else predictions and targets live until the next pass has made its own
         progress = schedule.progress(step + 1)
         method.before_step(progress)
         norm, skipped = clip_and_step(optimizer, scaler, method, config.clip_grad)

@@ -6,7 +6,7 @@ token, registers), D width, L blocks.
 
 import contextlib
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import timm
@@ -248,9 +248,17 @@ class MaskedVisionTransformer(nn.Module):
         return tokens.scatter(1, index, self.mask_token.to(tokens.dtype).expand_as(index))
 
     def _block(self, block: nn.Module, x: Tensor) -> Tensor:
-        if self.vit.grad_checkpointing and self.training:
-            return checkpoint(block, x, use_reentrant=False)
-        return block(x)
+        return run_block(block, x, recompute=self.vit.grad_checkpointing and self.training)
+
+
+def run_block(block: Callable[[Tensor], Tensor], x: Tensor, recompute: bool) -> Tensor:
+    """block(x); with `recompute` what is inside is not kept for the backward pass but computed again there.
+
+    Dropout and drop path draw the same numbers then.
+    """
+    if recompute:
+        return checkpoint(block, x, use_reentrant=False)
+    return block(x)
 
 
 def _block_and_ffn(block: Any, x: Tensor) -> tuple[Tensor, Tensor]:

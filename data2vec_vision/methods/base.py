@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
 from pathlib import Path
@@ -296,6 +296,6 @@ def _flat(groups: Sequence[Tensor | Sequence[Tensor]]) -> list[Tensor]:
     return [view for group in groups for view in ([group] if isinstance(group, Tensor) else group)]
 
 
-def by_resolution(views: Sequence[Tensor]) -> list[Tensor]:
+def by_resolution(views: Sequence[Tensor]) -> Iterator[Tensor]:
     """Neighbouring views of one size as one batch, view by view, so that the encoder runs once a resolution."""
-    return [torch.cat(list(same)) for _, same in groupby(views, key=lambda view: view.shape)]
+    return (torch.cat(list(same)) for _, same in groupby(views, key=lambda view: view.shape))

@@ -12,6 +12,7 @@ decoder's noise is the same for all images of a step, so that slicing a step cha
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Literal
 
@@ -28,7 +29,7 @@ from data2vec_vision.methods.base import Method, Output
 from data2vec_vision.patches import take
 from data2vec_vision.targets import at_least_fp32, layer_norm, mean_of_blocks, target_health
 from data2vec_vision.transforms import Views, ViewTransform, augmentation
-from data2vec_vision.vit import fix_position, has_separate_ffn
+from data2vec_vision.vit import fix_position, has_separate_ffn, run_block
 
 NOISE = 0.01  # deviation of what the decoder gets at hidden places
 
@@ -65,13 +66,19 @@ class ConvDecoder(nn.Module):
             nn.Conv2d(n, dim, kernel, padding=kernel // 2, groups=math.gcd(groups, n, dim))
             for n in [width] + [dim] * (depth - 1)
         )
+        self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.transpose(1, 2).unflatten(2, self.grid)  # [R, D, rows, columns]
         for layer in self.layers:
-            y = F.gelu(layer_norm(layer(x).movedim(1, -1))).movedim(-1, 1)
-            x = x + y if x.shape == y.shape else y
+            x = run_block(partial(_convolve, layer), x, recompute=self.grad_checkpointing and self.training)
         return x.flatten(2).transpose(1, 2)
+
+
+def _convolve(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer of the ConvDecoder with what goes around it: [R, D, rows, columns] -> [R, W, rows, columns]."""
+    y = F.gelu(layer_norm(layer(x).movedim(1, -1))).movedim(-1, 1)
+    return x + y if x.shape == y.shape else y
 
 
 class Data2Vec2(Method):
@@ -177,4 +184,4 @@ class Data2Vec2(Method):
 
 def scaled_square(prediction: Tensor, target: Tensor) -> Tensor:
     """Squared error summed over the D channels, over root D, mean over tokens (the published code's scale)."""
-    return (prediction - target).square().mean() * prediction.shape[-1] ** 0.5
+    return F.mse_loss(prediction, target) * prediction.shape[-1] ** 0.5

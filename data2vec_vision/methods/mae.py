@@ -99,9 +99,9 @@ class MAE(Method):
         return RandomMasks(self.student.n_patches, self.n_keep)
 
     def training_step(self, views: list[Tensor], masks: dict[str, Tensor]) -> Output:
+        target = take(self.target(views[0]), masks["query"])
         encoded = self.student.encode(views[0], keep=masks["keep"])
         prediction = self.decode(encoded.prefix, encoded.tokens, masks)
-        target = take(self.target(views[0]), masks["query"])
         loss = F.mse_loss(prediction, target)
         extras = {"prediction": prediction, "target": target, **masks}
         return Output(loss, encoded.tokens.detach().mean(dim=1), target_health(target, prediction), extras)

@@ -99,12 +99,12 @@ class MSN(Method):
 
     def training_step(self, views: list[Tensor], masks: dict[str, Tensor]) -> Output:
         anchor, target_view, *focal = views
+        target = self.target(target_view)
         anchor_feature = self.feature(self.student, anchor, masks["keep"])
         projections = [self.head(anchor_feature)]
         projections += [self.head(self.feature(self.student, crops)) for crops in by_resolution(focal)]
         projection = at_least_fp32(torch.cat(projections))
         log_p = (self.prototypes(projection) / self.config.temperature).log_softmax(dim=1)  # [V*B, C]
-        target = self.target(target_view)
         cross_entropy = -(target.repeat(1 + len(focal), 1) * log_p).sum(dim=1).mean()
         gap = mean_entropy_gap(log_p)
         loss = cross_entropy + self.config.mean_entropy_weight * gap

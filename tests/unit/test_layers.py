@@ -20,6 +20,7 @@ GROUND = [
     "monitor",
     "verdict",
     "duplicates",
+    "live_bytes",
 ]
 MODELS_AND_DATA = [
     "config",

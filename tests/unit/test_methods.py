@@ -36,7 +36,7 @@ ENCODERS = {
 
 def make(name, dtype=torch.float64, encoder=(), **knobs):
     torch.manual_seed(0)
-    vit = build_vit(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, **dict(encoder))
+    vit = build_vit(**({"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2} | dict(encoder)))
     tau = TAU if name in WITH_TEACHER else {}
     return methods.find(name)(vit, **(SMALL.get(name, {}) | tau | knobs)).to(dtype).train()
 
