@@ -9,7 +9,7 @@ torch's AdamW as its documentation shows and their own teacher update, once a st
 batch, views and, where both have them, sizes of head, decoder and predictor. What their classes compute otherwise is
 said in SETTINGS; therefore FLOP/s are compared too, of FLOPs that torch counts.
 
-Every variant has a process of its own, as it would have at its user's. The rounds of all variants alternate, and so does a
+Every variant has a process of its own, as it would have at its user's, and computing threads as torch sets them up. The rounds of all variants alternate, and so does a
 process that only multiplies matrices: its best rate is the machine's limit. Each ratio is taken within a round.
 
 Instead of stable-pretraining's class `--beside METHOD` takes another method of ours: data2vec2 beside data2vec, say.
@@ -17,7 +17,6 @@ Instead of stable-pretraining's class `--beside METHOD` takes another method of 
 
 import argparse
 import multiprocessing
-import os
 import platform
 import statistics
 import time
@@ -69,6 +68,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], tuple[str, dict[str, Any]], tuple[int,
     # Theirs computes assignments of the small crops too.
     "swav": ({"n_prototypes": 3000, "queue_length": 0}, ("SwAV", {"n_prototypes": 3000}), (2, 6)),
 }
+PRODUCTS = 40  # of the limit, in one step
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -93,10 +93,6 @@ class Timed:
         context = multiprocessing.get_context("spawn")
         self.variant = variant
         self._pipe, theirs = context.Pipe()
-        if variant.library == "ours":  # as `train` sets it, before torch is imported
-            os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        else:
-            os.environ.pop("OMP_WAIT_POLICY", None)
         self._process = context.Process(target=serve, args=(theirs, variant, args), daemon=True)
         self._process.start()
         self.gflop: float = self._pipe.recv()  # of a step
@@ -151,10 +147,10 @@ def products(device: torch.device, dtype: torch.dtype, rows: int = 3152, width: 
     @torch.no_grad()
     def step() -> None:
         with fast_products(device, precision):
-            for _ in range(10):
+            for _ in range(PRODUCTS):
                 F.linear(x, weight)
 
-    return step, 10 * 2 * (rows // 16 * 16) * width * 4 * width / 1e9
+    return step, PRODUCTS * 2 * (rows // 16 * 16) * width * 4 * width / 1e9
 
 
 def images(method: str, batch_size: int, device: torch.device) -> list[Tensor]:
