@@ -118,6 +118,7 @@ def build(variant: Variant, args: argparse.Namespace, device: torch.device) -> t
     """The variant's step and its GFLOP."""
     dtype = DTYPES[variant.precision]
     if variant.library == "limit":
+        make_ready(device)
         return products(device, dtype)
     views = images(variant.method, args.batch_size, device)
     if variant.library == "theirs":
