@@ -21,6 +21,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -68,8 +69,9 @@ SETTINGS: dict[str, tuple[dict[str, Any], tuple[str, dict[str, Any]], tuple[int,
     # Theirs computes assignments of the small crops too.
     "swav": ({"n_prototypes": 3000, "queue_length": 0}, ("SwAV", {"n_prototypes": 3000}), (2, 6)),
 }
+NAMES_OF = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 PRODUCTS = 40  # of the limit, in one step
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {name: dtype for dtype, name in NAMES_OF.items()}
 
 
 @dataclass(frozen=True)
@@ -143,11 +145,10 @@ def products(device: torch.device, dtype: torch.dtype, rows: int = 3152, width: 
         rows, width = 16384, 4096
     x = torch.randn(16, rows // 16, width, device=device, dtype=dtype)
     weight = torch.randn(4 * width, width, device=device, dtype=dtype)
-    precision = "fp32" if dtype == torch.float32 else "other"
 
     @torch.no_grad()
     def step() -> None:
-        with fast_products(device, precision):
+        with fast_products(device, NAMES_OF[dtype]):
             for _ in range(PRODUCTS):
                 F.linear(x, weight)
 
@@ -168,13 +169,12 @@ def method_step(method: Method, views: list[Tensor], dtype: torch.dtype, compile
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     masks = method.sample_masks(len(views[0]), device)  # in a run the workers draw them
     forward = torch.compile(method) if compiled else method
-    precision = "fp32" if dtype == torch.float32 else "other"
+    faster = nullcontext() if compiled else fast_products(device, NAMES_OF[dtype])
 
     def step() -> None:
-        with fast_products(device, precision, compiled):
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = forward(views, masks=masks).loss
-            loss.backward()
+        with faster, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = forward(views, masks=masks).loss
+        loss.backward()
         method.before_step(0.5)
         clip_and_step(optimizer, scaler, method, 3.0)
         method.after_step(0.5)

@@ -66,9 +66,9 @@ def make_ready(device: torch.device) -> None:
         keep_freed_memory()
 
 
-def fast_products(device: torch.device, precision: str, compiled: bool = False) -> AbstractContextManager[Any]:
-    """Within it linear maps are computed by the fastest library there is; a compiler makes its own choice."""
-    slow = device.type == "cpu" and precision == "fp32" and not compiled and mkl_is_slow()
+def fast_products(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Within it linear maps are computed by the fastest library there is, forward and later backward."""
+    slow = device.type == "cpu" and precision == "fp32" and mkl_is_slow()
     return LinearAsConvolution() if slow else nullcontext()
 
 

@@ -53,7 +53,10 @@ def training_steps(job: Job, optimizer: torch.optim.Optimizer, scaler: torch.amp
     """Train, from the job's first step to its last; yields after each."""
     config, method, device, schedule = job.config, job.method, job.device, job.schedule
     rank, autocast = distributed.rank(), config.precision != "fp32"
-    forward, products = compiled_and_parallel(job), fast_products(device, config.precision, config.compile)
+    forward = compiled_and_parallel(job)
+    # A compiler chooses for itself, and what is computed again in the backward pass has to be computed the same way.
+    alike = config.compile or config.grad_checkpointing
+    products = contextlib.nullcontext() if alike else fast_products(device, config.precision)
     batches = iter(loader(job))
     method.train()
     for step in range(job.first_step, schedule.total_steps):
@@ -75,8 +78,8 @@ def training_steps(job: Job, optimizer: torch.optim.Optimizer, scaler: torch.amp
             views = [method.student.transform.normalized(view) for view in batch.views]
             seed_device(device, config.seed, "dropout", step, micro, rank)
             last = micro + 1 == config.grad_accum
-            with products, contextlib.nullcontext() if last else without_all_reduce(forward):
-                with torch.autocast(device.type, DTYPES[config.precision], enabled=autocast):
+            with contextlib.nullcontext() if last else without_all_reduce(forward):
+                with products, torch.autocast(device.type, DTYPES[config.precision], enabled=autocast):
                     output = forward(views, masks=batch.masks | shared)
                 del views  # the backward pass needs none
                 # A loss that is not finite may have a finite gradient; the factor, else exactly 1, spoils that too.

@@ -7,7 +7,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data2vec_vision import train
+from data2vec_vision import cpu, train
 from data2vec_vision.config import TrainConfig
 from data2vec_vision.plan import prepare
 from data2vec_vision.train import Compiled, Window, optimizer_and_scaler, training_steps
@@ -189,3 +189,15 @@ def test_optimizer_and_teacher_move_all_their_tensors_at_once(images, name):
     assert seen.names.count("_fused_adamw_") == 2  # a call for the decayed and one for the others
     assert seen.names.count("_foreach_lerp_") == (name == "data2vec")
     assert not {"lerp_", "addcdiv_"} & set(seen.names)
+
+
+@pytest.mark.parametrize("settings", [{}, {"grad_checkpointing": True}])
+def test_linear_maps_are_convolutions_in_a_run_unless_they_are_computed_again(images, monkeypatch, settings):
+    """What torch's checkpointing computes again has to be the same operations, or it refuses to go on."""
+    monkeypatch.setattr("data2vec_vision.device.mkl_is_slow", lambda: True)
+    monkeypatch.setattr(cpu, "LEAST_ROWS", 1)
+    monkeypatch.setattr(cpu, "LEAST_MULTIPLICATIONS", 1)
+    job = job_of(images, precision="fp32", **settings)
+    with Operations() as seen:
+        next(training_steps(job, *optimizer_and_scaler(job)))
+    assert ("convolution" in seen.names) is not bool(settings)
