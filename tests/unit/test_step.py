@@ -123,14 +123,15 @@ def test_where_nothing_compiles_the_run_goes_on_and_says_so_once(images, monkeyp
     ]
 
 
-def test_an_error_of_the_method_is_no_error_of_the_compiler(monkeypatch):
+def test_an_error_of_the_method_is_no_error_of_the_compiler(monkeypatch, capsys):
     class Method(torch.nn.Module):
         def forward(self, views, masks):
             raise ValueError("of the method")
 
-    monkeypatch.setattr(train.torch, "compile", lambda function: function)
+    monkeypatch.setattr(train.torch, "compile", lambda function: lambda *args, **kwargs: function(*args, **kwargs))
     with pytest.raises(ValueError, match="of the method"):
         Compiled(Method())([], masks={})
+    assert capsys.readouterr().out == ""
 
 
 def test_only_long_runs_in_bf16_on_a_cpu_with_a_compiler_are_compiled(images):
