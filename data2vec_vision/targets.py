@@ -47,6 +47,6 @@ def target_health(target: Tensor, prediction: Tensor) -> dict[str, Tensor]:
 
 
 def spread(x: Tensor) -> Tensor:
-    """Mean over channels of the standard deviation over all tokens of [B, ..., D]; torch's std takes nine times as long."""
+    """Mean over channels of the deviation over all tokens of [B, ..., D]; torch's std takes nine times longer."""
     flat = x.flatten(0, -2)
     return (flat - flat.mean(dim=0)).square_().mean(dim=0).sqrt().mean()

@@ -802,8 +802,6 @@ DEFECTS = [
      UNIT + "step.py::test_an_error_of_the_method_is_no_error_of_the_compiler"),
     ("a call of the encoder for each view", "methods/base.py", "groupby(views, key=lambda view: view.shape)", "groupby(views, key=id)",
      UNIT + "step.py::test_a_step_calls_each_network_once_a_resolution_and_keeps_the_states_that_it_needs"),
-    ("the teacher keeps what a backward pass needs", "methods/data2vec2.py", "    @torch.no_grad()\n    def target", "    def target",
-     UNIT + "step.py::test_a_step_calls_each_network_once_a_resolution_and_keeps_the_states_that_it_needs"),
     ("the teacher moves tensor by tensor", "ema.py", "torch._foreach_lerp_(ours, [new.to(old.dtype) for old, new in zip(ours, theirs)], 1 - tau)",
      "[old.lerp_(new.to(old.dtype), 1 - tau) for old, new in zip(ours, theirs)]",
      UNIT + "step.py::test_optimizer_and_teacher_move_all_their_tensors_at_once"),
