@@ -12,7 +12,9 @@ said in SETTINGS; therefore FLOP/s are compared too, of FLOPs that torch counts.
 Every variant has a process of its own, as it would have at its user's, and computing threads as torch sets them up. The rounds of all variants alternate, and so does a
 process that only multiplies matrices: its best rate is the machine's limit. Each ratio is taken within a round.
 
-Instead of stable-pretraining's class `--beside METHOD` takes another method of ours: data2vec2 beside data2vec, say.
+Instead of stable-pretraining's class `--beside METHOD` takes another method of ours: data2vec2 beside data2vec, say. `--also compiled
+default-memory` adds our step compiled, and without the memory that `train` makes a process keep. `--small` takes a small ViT on small
+images, 192 x 6 on 32 px in patches of 4, and ours alone.
 """
 
 import argparse
@@ -45,6 +47,7 @@ from data2vec_vision.device import (
 )
 from data2vec_vision.methods.base import Method
 from data2vec_vision.train import clip_and_step
+from data2vec_vision.vit import build_vit
 
 Step = Callable[[], None]
 
@@ -70,6 +73,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], tuple[str, dict[str, Any]], tuple[int,
     "swav": ({"n_prototypes": 3000, "queue_length": 0}, ("SwAV", {"n_prototypes": 3000}), (2, 6)),
 }
 NAMES_OF = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+SMALL = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3}
 PRODUCTS = 40  # of the limit, in one step
 DTYPES = {name: dtype for dtype, name in NAMES_OF.items()}
 
@@ -81,11 +85,11 @@ class Variant:
     library: str
     method: str
     precision: str
-    compiled: bool = False
+    how: str = ""  # "compiled", or "default-memory": what is freed goes back to the system
 
     def __str__(self) -> str:
         name = f"{self.library} {self.method} {self.precision}".replace("  ", " ")
-        return name + (" compiled" if self.compiled else "")
+        return f"{name} {self.how}".strip()
 
 
 class Timed:
@@ -122,15 +126,18 @@ def build(variant: Variant, args: argparse.Namespace, device: torch.device) -> t
     if variant.library == "limit":
         make_ready(device)
         return products(device, dtype)
-    views = images(variant.method, args.batch_size, device)
+    views = images(variant.method, args, device)
     if variant.library == "theirs":
         step = theirs(variant.method, args.model, views, dtype)
         return step, counted(step)
-    method: Method = methods.find(variant.method)(args.model, **SETTINGS[variant.method][0])
-    make_ready(device)
+    kind = methods.find(variant.method)
+    encoder = build_vit(**SMALL, **kind.encoder_arguments()) if args.small else args.model
+    method: Method = kind(encoder, **SETTINGS[variant.method][0])
+    if variant.how != "default-memory":
+        make_ready(device)
     set_fused_attention(method, fused_attention_pays(device, variant.precision))
     gflop = counted(method_step(method, views, dtype))
-    return method_step(method, views, dtype, variant.compiled), gflop
+    return method_step(method, views, dtype, variant.how == "compiled"), gflop
 
 
 def counted(step: Step) -> float:
@@ -155,10 +162,11 @@ def products(device: torch.device, dtype: torch.dtype, rows: int = 3152, width: 
     return step, PRODUCTS * 2 * (rows // 16 * 16) * width * 4 * width / 1e9
 
 
-def images(method: str, batch_size: int, device: torch.device) -> list[Tensor]:
+def images(method: str, args: argparse.Namespace, device: torch.device) -> list[Tensor]:
     """The views of a batch, as random numbers."""
     large, small = SETTINGS[method][2]
-    return [torch.randn(batch_size, 3, side, side, device=device) for side in [224] * large + [96] * small]
+    sides = [32] * large + [16] * small if args.small else [224] * large + [96] * small
+    return [torch.randn(args.batch_size, 3, side, side, device=device) for side in sides]
 
 
 def method_step(method: Method, views: list[Tensor], dtype: torch.dtype, compiled: bool = False) -> Step:
@@ -227,11 +235,14 @@ def compared(args: argparse.Namespace, default: str) -> tuple[list[Variant], lis
     """The variants, and which pairs of them a ratio is printed of."""
     other = ("ours", args.beside) if args.beside else ("theirs", args.method)
     precisions = dict.fromkeys((default, "fp32"))
-    variants = [Variant(*who, p) for p in precisions for who in (("ours", args.method), other)]
-    pairs = [(0, 1)] if len(variants) == 2 else [(0, 1), (2, 3), (0, 3)]
-    if args.compile:
+    if args.small:
+        variants, pairs = [Variant("ours", args.method, default)], []
+    else:
+        variants = [Variant(*who, p) for p in precisions for who in (("ours", args.method), other)]
+        pairs = [(0, 1)] if len(variants) == 2 else [(0, 1), (2, 3), (0, 3)]
+    for how in args.also:
         pairs.append((len(variants), 0))
-        variants.append(Variant("ours", args.method, default, compiled=True))
+        variants.append(Variant("ours", args.method, default, how))
     return variants, pairs
 
 
@@ -243,17 +254,24 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="steps of a variant in a round")
-    parser.add_argument("--compile", action="store_true", help="ours compiled, too")
+    parser.add_argument("--also", nargs="+", default=[], choices=["compiled", "default-memory"], help="ours, otherwise")
+    parser.add_argument("--small", action="store_true", help="a small ViT on small images, ours alone")
     parser.add_argument("--device")
     args = parser.parse_args()
     device = find_device(args.device)
     default = "bf16" if multiplies_bf16(device) else "fp32"
     variants, pairs = compared(args, default)
     limits = {v.precision: Variant("limit", "", v.precision) for v in variants}
-    peer = f", stable-pretraining {__import__('stable_pretraining').__version__}" if not args.beside else ""
+    peer = (
+        f", stable-pretraining {__import__('stable_pretraining').__version__}"
+        if not (args.beside or args.small)
+        else ""
+    )
     print(f"{device_name(device)}, {torch.get_num_threads()} threads, python {platform.python_version()}, "
           f"torch {torch.__version__}, timm {timm.__version__}{peer}")  # fmt: skip
-    print(f"{args.method}, {args.model}, batch {args.batch_size}, {args.rounds} rounds of {args.steps} steps each")
+    print(
+        f"{args.method}, {'ViT 192 x 6, 32 px' if args.small else args.model}, batch {args.batch_size}, {args.rounds} rounds of {args.steps} steps each"
+    )
     running = {variant: Timed(variant, args) for variant in (*variants, *limits.values())}
     times: dict[Variant, list[float]] = {variant: [] for variant in running}
     for _ in range(args.rounds):
