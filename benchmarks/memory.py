@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import gc
 import json
+import math
 import platform
 import resource
 import subprocess
@@ -158,17 +159,15 @@ class Run:
         return fixed, an_image
 
     def largest(self, memory: float) -> int:
-        """The largest batch whose step stays within `memory` bytes; 0 where none does. Each size tried is measured."""
-        fits, too_large = self.method.smallest_batch, 64
-        if self.peak(fits) > memory:
-            return 0
-        while self.peak(too_large) <= memory:
-            fits, too_large = too_large, 2 * too_large
-        while too_large - fits > 1:  # nearly a line between the two
-            share = (memory - self.peak(fits)) / (self.peak(too_large) - self.peak(fits))
-            size = min(max(fits + int(share * (too_large - fits)), fits + 1), too_large - 1)
-            fits, too_large = (size, too_large) if self.peak(size) <= memory else (fits, size)
-        return fits
+        """The largest batch whose step stays within `memory` bytes, measured at that batch; 0 where none does."""
+        first, second, least = 512, 1024, self.method.smallest_batch
+        an_image = (self.peak(second) - self.peak(first)) / (second - first)  # less in small batches, never more
+        size = first
+        while room := math.floor((memory - self.peak(size)) / an_image):
+            if size + room < least:
+                return least if size > least and self.peak(least) <= memory else 0
+            size += room
+        return size
 
 
 def largest_masks(method: Method, size: int) -> dict[str, Tensor]:
@@ -262,9 +261,10 @@ def growth() -> None:
 def growth_of(name: str) -> tuple[list[int], list[int]]:
     tensors, pages = [], []
     with tempfile.TemporaryDirectory() as folder:
-        write_samples(f"{folder}/images")
+        # 400 images, so that by step 100 the order of two epochs is kept, as in every later step.
+        write_samples(f"{folder}/images", lambda name: int(Path(name).stem) % 5 == 0)
         sizes = {"image_size": 32, "patch_size": 4, "hidden_dim": 64, "n_heads": 2, "n_encoders": 2, "batch_size": 8}
-        out = {"checkpoint_out_dir": f"{folder}/run", "workers": 0, "device": "cpu", "epochs": 4}
+        out = {"checkpoint_out_dir": f"{folder}/run", "workers": 0, "device": "cpu", "epochs": 20}
         job = prepare(TrainConfig(f"{folder}/images", method=name, **sizes, **out))  # 1,000 steps
         with LiveBytes() as live:
             for step in training_steps(job, *optimizer_and_scaler(job)):
