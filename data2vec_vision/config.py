@@ -314,7 +314,7 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, dict[str, s
     fill(
         "workers", min(8, max(1, facts.cores // facts.processes - 1)) if facts.cores > 1 else 0, f"{facts.cores} cores"
     )
-    # The whole run's forward passes; a compiler takes a minute or two and then gains 3 to 33 % on a CPU.
+    # The whole run's forward passes; a compiler takes a minute or two and then gains 5 to 22 % on a CPU.
     work = facts.flops * facts.n_images * config.epochs
     pays = facts.device == "cpu" and values.get("precision", config.precision) == "bf16" and facts.compiler
     long = work > LONG_WORK * facts.cores
