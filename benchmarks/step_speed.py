@@ -10,7 +10,7 @@ batch, views and, where both have them, sizes of head, decoder and predictor. Wh
 said in SETTINGS; therefore FLOP/s are compared too, of FLOPs that torch counts.
 
 Every variant has a process of its own, as it would have at its user's, and computing threads as torch sets them up. The rounds of all variants alternate, and so does a
-process that only multiplies matrices: its best rate is the machine's limit. Each ratio is taken within a round.
+process that only multiplies matrices: its rate in that round is the machine's limit. Each ratio is taken within a round.
 
 Instead of stable-pretraining's class `--beside METHOD` takes another method of ours: data2vec2 beside data2vec, say. `--also compiled
 default-memory` adds our step compiled, and without the memory that `train` makes a process keep. `--small` takes a small ViT on small
@@ -101,6 +101,7 @@ class Timed:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, variant, args), daemon=True)
         self._process.start()
+        theirs.close()  # so that a child that fails ends this with an error
         self.gflop: float = self._pipe.recv()  # of a step
 
     def seconds(self, steps: int) -> float:
@@ -258,6 +259,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a small ViT on small images, ours alone")
     parser.add_argument("--device")
     args = parser.parse_args()
+    if args.method == "data2vec2" and not (args.beside or args.small):
+        parser.error("stable-pretraining has no data2vec2; give --beside METHOD")
     device = find_device(args.device)
     default = "bf16" if multiplies_bf16(device) else "fp32"
     variants, pairs = compared(args, default)

@@ -8,7 +8,8 @@ The second line is for a GPU. Every method, with its defaults, has a process of 
 networks, backward, clip, optimizer, EMA) on views that are in memory; with --images also on a folder, through the loader of
 `train`. Printed are images/s, the FLOP/s that torch counts and their share of what the machine reaches in matrix products, measured
 before and after (and, with --peak-tflops, of the datasheet's figure: model FLOP utilisation), the most memory, on a GPU
-the share of the time in which no kernel runs, and from torch's profiler what the operations take.
+the share of the time in which no kernel runs (the profiler
+slows the host, so it is an upper bound), and from torch's profiler what the operations take; in fp32 on AMD's processors linear maps are convolutions.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import timm
 import torch
 from step_speed import DTYPES, Step, counted, method_step, products, seconds, spread
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from data2vec_vision import methods
@@ -74,14 +76,17 @@ def measure(name: str, model: str, args: argparse.Namespace) -> str:
     if args.compile:
         step = method_step(method, views, dtype, compiled=True)
     limit, gflop_of_products = products(device, dtype)
-    for warm_up in (step, step, limit):
-        warm_up()
+    step()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    step()
+    memory = peak_memory(device) / 1e9
+    limit()
     times, limits = [], []
     for _ in range(args.rounds):
         limits.append(gflop_of_products / seconds(limit, 1, device))
         times.append(seconds(step, args.steps, device) / args.steps)
     limits.append(gflop_of_products / seconds(limit, 1, device))
-    memory = peak_memory(device) / 1e9
     rates = [gflop / t for t in times]
     top = statistics.median(limits)
     cells = [name, model, spread([args.batch_size / t for t in times], 1), f"{gflop / args.batch_size:.1f}",
@@ -109,14 +114,17 @@ def profiled(step: Step, device: torch.device) -> tuple[dict[str, float], float]
         seconds(step, 1, device)
         wall = 1e6 * (time.perf_counter() - start)  # microseconds, as the profiler's
     times: dict[str, float] = defaultdict(float)
-    on_device = device.type != "cpu"
+    busy = 0.0
     for event in profiler.key_averages():
-        own = event.self_device_time_total if on_device else event.self_cpu_time_total
+        if event.device_type != DeviceType.CPU:  # a kernel, whose time the operation that launched it has too
+            busy += 0.0 if event.is_user_annotation else event.self_device_time_total
+            continue
+        own = event.self_cpu_time_total if device.type == "cpu" else event.self_device_time_total
         kind = next((k for k, names in KINDS.items() if event.key.startswith(names)), "the rest")
         times[kind] += own
     total = sum(times.values())
     shares = {k: v / total for k, v in sorted(times.items(), key=lambda item: -item[1])}
-    return shares, max(0.0, 1 - total / wall)
+    return shares, max(0.0, 1 - busy / wall)
 
 
 def share_of(module: nn.Module, step: Step, device: torch.device) -> float:
@@ -153,7 +161,7 @@ def with_input(name: str, model: str, args: argparse.Namespace) -> str:
                     break
                 start = time.perf_counter()
         took = time.perf_counter() - start
-    return f"{count * args.batch_size / took:.1f} images/s, {100 * waited / took:.0f} % waiting"
+    return f"{count * args.batch_size / took:.1f} images/s, {100 * waited / took:.0f} % of it waiting for images"
 
 
 def main() -> None:

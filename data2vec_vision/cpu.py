@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-LARGEST_KEPT = 1 << 30  # bytes; larger tensors are few
+LARGEST_KEPT, LARGEST_KEPT_BEFORE = 1 << 30, 32 << 20  # bytes; larger tensors are few
 LEAST_ROWS, LEAST_MULTIPLICATIONS = 128, 1 << 24  # below, a convolution's preparations take longer than they save
 
 
@@ -27,8 +27,9 @@ def keep_freed_memory() -> None:
     and asks for it again, and the system fills every new page with zeros first. Other C libraries stay as they are.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
+        # Older versions take no more than 32 MB; setting the other alone would make matters worse.
+        if libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT) or libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BEFORE):
+            libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 @functools.cache
@@ -53,25 +54,29 @@ class LinearAsConvolution(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is F.linear and worthwhile(*args[:2]):
+        if func is F.linear and worthwhile(*args, **(kwargs or {})):
             return linear_as_convolution(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
-def worthwhile(x: Tensor, weight: Tensor) -> bool:
+def worthwhile(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether `linear_as_convolution` can take this map, and is faster."""
     return (
-        x.dtype == weight.dtype == torch.float32
-        and x.device.type == "cpu"
+        input.dtype == weight.dtype == torch.float32
+        and input.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
-        and x.dim() > 1
-        and x.numel() >= LEAST_ROWS * x.shape[-1]
-        and x.numel() * len(weight) >= LEAST_MULTIPLICATIONS
+        and input.dim() > 1
+        and weight.dim() == 2
+        and input.numel() >= LEAST_ROWS * input.shape[-1]
+        and input.numel() * len(weight) >= LEAST_MULTIPLICATIONS
+        # With one thread torch takes a slow convolution of its own for a small batch.
+        and (torch.get_num_threads() > 1 or (input.dim() > 2 and len(input) >= 16))
     )
 
 
-def linear_as_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [B, ..., D], weight [W, D], bias [W] -> [B, ..., W]: F.linear, on the tokens as the rows of a picture."""
-    pixels = x.reshape(len(x), -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # [B, D, T, 1], in memory [B, T, D]
+def linear_as_convolution(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """input [B, ..., D] or [T, D], weight [W, D], bias [W] -> [B, ..., W]: F.linear, on tokens as the rows of a picture."""
+    pictures = len(input) if input.dim() > 2 else 1
+    pixels = input.reshape(pictures, -1, 1, input.shape[-1]).permute(0, 3, 1, 2)  # [B, D, T, 1], in memory [B, T, D]
     mapped = F.conv2d(pixels, weight[:, :, None, None], bias)
-    return mapped.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
+    return mapped.permute(0, 2, 3, 1).reshape(*input.shape[:-1], len(weight))

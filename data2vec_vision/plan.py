@@ -225,6 +225,8 @@ def made_ready(job: Job) -> Job:
     make_ready(job.device)
     set_fused_attention(job.method, fused_attention_pays(job.device, job.config.precision))
     set_grad_checkpointing(job.method, job.config.grad_checkpointing)
+    if job.device.type == "mps" and job.config.grad_checkpointing and job.config.dropout:
+        raise InputError("--grad-checkpointing cannot draw the same dropout again on mps; leave one of them out")
     if job.source.would_take_in(job.folder):
         raise InputError(
             f"the run would write to {job.folder}, inside the folder of the images; "

@@ -336,7 +336,10 @@ class Compiled(nn.Module):
         super().__init__()
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it looks for CUDA, on a CPU too
         self.method = method
-        self._forward = torch.compile(method.forward)
+        try:
+            self._forward = torch.compile(method.forward)
+        except RuntimeError as error:  # a Python that this torch does not compile for
+            self._go_without(error)
 
     def forward(self, views: list[Tensor], masks: dict[str, Tensor]) -> Output:
         try:
@@ -344,10 +347,13 @@ class Compiled(nn.Module):
         except Exception as error:
             if self._forward == self.method.forward or not type(error).__module__.startswith("torch._"):
                 raise
-            reason = one_line(error).partition(" Set TORCH")[0]
-            say(f"Note     torch.compile does not work here, so the run goes on without it: {reason}")
-            self._forward = self.method.forward
+            self._go_without(error)
             return self._forward(views, masks=masks)
+
+    def _go_without(self, error: Exception) -> None:
+        reason = one_line(error).partition(" Set TORCH")[0]
+        say(f"Note     torch.compile does not work here, so the run goes on without it: {reason}")
+        self._forward = self.method.forward
 
 
 def without_all_reduce(forward: nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -1,6 +1,7 @@
 """What makes a CPU fast changes no result beyond rounding, and does what it says."""
 
-import resource
+import mmap
+import platform
 import subprocess
 import sys
 
@@ -20,10 +21,12 @@ class Operations(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.names = []
+        self.names, self.shapes = [], {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.append(func.overloadpacket.__name__)
+        if isinstance(args[0] if args else None, torch.Tensor):
+            self.shapes.setdefault(self.names[-1], []).append(tuple(args[0].shape))
         return func(*args, **(kwargs or {}))
 
 
@@ -60,17 +63,57 @@ def operations(x, layer, autocast=False):
 
 
 def test_large_fp32_maps_become_convolutions_and_no_others():
-    layer, x = nn.Linear(256, 1024), torch.randn(4, 64, 256)
+    layer, x = nn.Linear(256, 1024), torch.randn(16, 16, 256)
     assert "convolution" in operations(x, layer)
     assert "convolution" not in operations(x, layer, autocast=True)
     assert "convolution" not in operations(x.double(), layer.double())
     layer.float()
-    assert "convolution" not in operations(x[:, :1], layer)  # 4 rows
+    assert "convolution" not in operations(x[:, :1], layer)  # 16 rows
     assert "convolution" not in operations(x[..., :8], nn.Linear(8, 8))  # hardly a multiplication
     assert "convolution" not in operations(x[0, 0], layer)  # a vector
     with Operations() as seen:
         layer(x)
     assert "convolution" not in seen.names  # outside
+
+
+@pytest.mark.parametrize("threads, taken", [(1, False), (2, True)])
+def test_one_thread_does_not_make_a_small_batch_a_convolution(monkeypatch, threads, taken):
+    monkeypatch.setattr(cpu.torch, "get_num_threads", lambda: threads)
+    layer = nn.Linear(256, 1024)
+    for x in (torch.randn(4, 64, 256), torch.randn(256, 256)):
+        assert ("convolution" in operations(x, layer)) is taken
+
+
+def test_rows_without_a_batch_are_one_picture():
+    with Operations() as seen:
+        linear_as_convolution(torch.randn(300, 64), torch.randn(96, 64))
+    assert seen.shapes["convolution"] == [(1, 64, 300, 1)]
+
+
+def test_every_way_to_call_a_linear_map_goes_through():
+    x, weight = torch.randn(16, 16, 256), torch.randn(1024, 256)
+    with LinearAsConvolution():
+        y = F.linear(x, weight=weight, bias=None)
+        z = F.linear(x, weight[0])
+    torch.testing.assert_close(y, F.linear(x, weight), rtol=1e-4, atol=1e-4)
+    assert z.shape == (16, 16)
+
+
+def test_an_older_glibc_takes_what_it_can(monkeypatch):
+    calls = []
+
+    class Libc:
+        @staticmethod
+        def mallopt(what, value):
+            calls.append((what, value))
+            return int(value <= limit)
+
+    monkeypatch.setattr(cpu.ctypes, "CDLL", lambda name: Libc)
+    monkeypatch.setattr(cpu.sys, "platform", "linux")
+    for limit, expected in ((1 << 40, [1 << 30, -1]), (32 << 20, [1 << 30, 32 << 20, -1]), (-2, [1 << 30, 32 << 20])):
+        calls.clear()
+        cpu.keep_freed_memory()
+        assert [value for _, value in calls] == expected
 
 
 def test_it_is_for_fp32_on_a_processor_that_mkl_is_slow_on(monkeypatch):
@@ -106,12 +149,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
 def test_freed_memory_is_kept_for_the_next_tensor():
     """Ten tensors of 64 MB one after the other: pages that the system has to bring."""
     faults = {
         how: int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, check=True).stdout)
         for how in ("keep", "leave")
     }
-    pages = 10 * (64 << 20) // resource.getpagesize()
+    pages = 10 * (64 << 20) // mmap.PAGESIZE
     assert faults["keep"] < pages / 100 < faults["leave"]

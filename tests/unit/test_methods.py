@@ -303,6 +303,7 @@ def test_masks_that_differ_in_length_are_cut_to_the_shortest():
 def test_linear_maps_as_convolutions_train_the_same(name, monkeypatch):
     monkeypatch.setattr(cpu, "LEAST_ROWS", 1)
     monkeypatch.setattr(cpu, "LEAST_MULTIPLICATIONS", 1)
+    monkeypatch.setattr(cpu.torch, "get_num_threads", lambda: 2)
     results = []
     for context in (contextlib.nullcontext(), cpu.LinearAsConvolution()):
         method = make(name, torch.float32)

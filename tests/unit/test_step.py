@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data2vec_vision import cpu, train
 from data2vec_vision.config import TrainConfig
-from data2vec_vision.plan import prepare
+from data2vec_vision.errors import InputError
+from data2vec_vision.plan import made_ready, prepare
 from data2vec_vision.train import Compiled, Window, optimizer_and_scaler, training_steps
 from data2vec_vision.vit import MaskedVisionTransformer
 
@@ -123,6 +124,22 @@ def test_where_nothing_compiles_the_run_goes_on_and_says_so_once(images, monkeyp
     ]
 
 
+def test_a_python_that_torch_does_not_compile_for_is_no_error(images, monkeypatch, capsys):
+    def refuse(function):
+        raise RuntimeError("torch.compile is not supported on Python 3.99+")
+
+    monkeypatch.setattr(train.torch, "compile", refuse)
+    job = job_of(images, compile=True)
+    assert next(training_steps(job, *optimizer_and_scaler(job))).logs["loss"].isfinite()
+    assert "not supported on Python 3.99+" in capsys.readouterr().out
+
+
+def test_dropout_that_cannot_be_drawn_again_is_refused(images):
+    job = job_of(images, dropout=0.1, grad_checkpointing=True)
+    with pytest.raises(InputError, match="--grad-checkpointing cannot draw the same dropout again on mps"):
+        made_ready(dataclasses.replace(job, device=torch.device("mps")))
+
+
 def test_an_error_of_the_method_is_no_error_of_the_compiler(monkeypatch, capsys):
     class Method(torch.nn.Module):
         def forward(self, views, masks):
@@ -137,11 +154,11 @@ def test_an_error_of_the_method_is_no_error_of_the_compiler(monkeypatch, capsys)
 def test_only_long_runs_in_bf16_on_a_cpu_with_a_compiler_are_compiled(images):
     from data2vec_vision.config import Facts, resolve
 
-    facts = Facts(n_images=100_000, image_size=224, depth=12, recipe={}, device="cpu", native_bf16=True, cores=2,
+    facts = Facts(n_images=1_000_000, image_size=224, depth=12, recipe={}, device="cpu", native_bf16=True, cores=2,
                   flops=9.2e9, compiler=True)  # fmt: skip
     config = TrainConfig(str(images), epochs=10)
     assert resolve(config, facts)[0].compile is True
-    other = [{"n_images": 100}, {"native_bf16": False}, {"device": "cuda"}, {"compiler": False}, {"cores": 256}]
+    other = [{"n_images": 1000}, {"native_bf16": False}, {"device": "cuda"}, {"compiler": False}, {"cores": 256}]
     for change in other:
         assert resolve(config, dataclasses.replace(facts, **change))[0].compile is False, change
     for typed in (True, False):
@@ -198,6 +215,7 @@ def test_linear_maps_are_convolutions_in_a_run_unless_they_are_computed_again(im
     monkeypatch.setattr("data2vec_vision.device.mkl_is_slow", lambda: True)
     monkeypatch.setattr(cpu, "LEAST_ROWS", 1)
     monkeypatch.setattr(cpu, "LEAST_MULTIPLICATIONS", 1)
+    monkeypatch.setattr(cpu.torch, "get_num_threads", lambda: 2)
     job = job_of(images, precision="fp32", **settings)
     with Operations() as seen:
         next(training_steps(job, *optimizer_and_scaler(job)))
