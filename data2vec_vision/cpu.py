@@ -75,7 +75,7 @@ def worthwhile(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> boo
 
 
 def linear_as_convolution(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """input [B, ..., D] or [T, D], weight [W, D], bias [W] -> [B, ..., W]: F.linear, on tokens as the rows of a picture."""
+    """input [B, ..., D] or [T, D], weight [W, D], bias [W] -> [B, ..., W]: F.linear; tokens are rows of a picture."""
     pictures = len(input) if input.dim() > 2 else 1
     pixels = input.reshape(pictures, -1, 1, input.shape[-1]).permute(0, 3, 1, 2)  # [B, D, T, 1], in memory [B, T, D]
     mapped = F.conv2d(pixels, weight[:, :, None, None], bias)

@@ -237,7 +237,8 @@ def reproduce(config: TrainConfig, folder: Path) -> str:
         if name == "set":
             words += [word for item in value for word in (flag(name), item)]
         else:
-            words += [flag(name)] if value is True else [flag(name), value]
+            on_or_off = {True: [flag(name)], False: [f"--no-{flag(name)[2:]}"]}
+            words += on_or_off[value] if isinstance(value, bool) else [flag(name), value]
     again = folder.with_name(folder.name + "-again")
     from_file = ("train", config.input_path, "--config", folder / "config.json", "--checkpoint-out-dir", again)
     return f"{command(*words, '--checkpoint-out-dir', again)}\n\nor, the same: {command(*from_file)}"

@@ -103,14 +103,15 @@ def test_an_older_glibc_takes_what_it_can(monkeypatch):
     calls = []
 
     class Libc:
-        @staticmethod
-        def mallopt(what, value):
+        def mallopt(self, what, value):
             calls.append((what, value))
-            return int(value <= limit)
+            return int(value <= self.limit)
 
-    monkeypatch.setattr(cpu.ctypes, "CDLL", lambda name: Libc)
+    libc = Libc()
+    monkeypatch.setattr(cpu.ctypes, "CDLL", lambda name: libc)
     monkeypatch.setattr(cpu.sys, "platform", "linux")
     for limit, expected in ((1 << 40, [1 << 30, -1]), (32 << 20, [1 << 30, 32 << 20, -1]), (-2, [1 << 30, 32 << 20])):
+        libc.limit = limit
         calls.clear()
         cpu.keep_freed_memory()
         assert [value for _, value in calls] == expected
