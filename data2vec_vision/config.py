@@ -252,6 +252,7 @@ class Facts:
     processes: int = 1
     flops: float = 0.0  # of the encoder's forward pass over one image
     compiler: bool = False  # whether there is one for torch.compile on the device
+    steps: int | None = None  # of the run, where they are not those of its epochs
 
 
 def steps_per_epoch(config: TrainConfig, n_images: int) -> int:
@@ -276,7 +277,7 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, dict[str, s
         fill("n_heads", default_heads(config.hidden_dim or 384), "width / 64")
     if "tau_memory" in facts.recipe:
         # The teacher remembers 1 / (1 - tau) steps: this share of the run, at first a tenth of that.
-        memory = facts.recipe["tau_memory"] * config.epochs * steps_per_epoch(config, facts.n_images)
+        memory = facts.recipe["tau_memory"] * (facts.steps or config.epochs * steps_per_epoch(config, facts.n_images))
         why = f"the teacher's memory is {memory:,.0f} steps, {facts.recipe['tau_memory']:.0%} of the run".replace(
             "%", " %"
         )

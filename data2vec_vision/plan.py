@@ -97,8 +97,11 @@ class Job:
         return [e for e in range(config.epochs) if (e + 1) % config.save_every == 0 or e + 1 == config.epochs]
 
 
-def prepare(config: TrainConfig) -> Job:
-    """The run that `config` describes. Raises InputError, naming the option, for what cannot be."""
+def prepare(config: TrainConfig, steps: int | None = None) -> Job:
+    """The run that `config` describes, of so many `steps` if given, else of its epochs.
+
+    Raises InputError, naming the option, for what cannot be.
+    """
     check(config)
     if not config.input_path:
         raise InputError("say which images to train on: train INPUT_PATH")
@@ -119,6 +122,7 @@ def prepare(config: TrainConfig) -> Job:
             processes=distributed.processes(),
             flops=forward_flops(vit.patch_embed.num_patches, vit.embed_dim, len(vit.blocks)),
             compiler=has_compiler(),
+            steps=steps,
         )
         config, reasons = resolve(config, facts)
         check(config)
@@ -126,7 +130,8 @@ def prepare(config: TrainConfig) -> Job:
     for encoder in method.encoders.values():
         encoder.transform = replace(encoder.transform, **start.normalization)
         encoder.start_mask_token(start.mask_token)
-    schedule = Plan(((0, config.epochs * steps_per_epoch(config, len(source))),), config.max_lr, config.warmup_pct)
+    total = steps or config.epochs * steps_per_epoch(config, len(source))
+    schedule = Plan(((0, total),), config.max_lr, config.warmup_pct)
     return made_ready(Job(config, reasons, source, method.to(device), schedule, device))
 
 
