@@ -85,11 +85,11 @@ def steps_of(config: TrainConfig, args: argparse.Namespace) -> int:
 def steps_that_fit(config: TrainConfig, seconds: float) -> int:
     """How many steps take so many CPU seconds, by the mean of a few."""
     job = prepare(config, steps=TIMED.stop)
-    clocks = []
+    start = 0.0
     for step in training_steps(job, *optimizer_and_scaler(job)):
-        if step.number in (TIMED.start, TIMED.stop):
-            clocks.append(time.process_time())
-    return max(1, round(seconds * (TIMED.stop - TIMED.start) / (clocks[1] - clocks[0])))
+        if step.number == TIMED.start:
+            start = time.process_time()
+    return max(1, round(seconds * (TIMED.stop - TIMED.start) / (time.process_time() - start)))
 
 
 def train(config: TrainConfig, steps: int | None) -> tuple[Trained, Job]:

@@ -1,5 +1,6 @@
 """stable-pretraining's SwAV."""
 
+from types import MappingProxyType
 from typing import Any
 
 from peer import Peer, recipe, two_and_four_views
@@ -26,7 +27,7 @@ class SwAV(Peer):
 
     recipe = recipe(5e-4, 128)
     pool = "cls"
-    view_names = {"global_views": 2, "local_views": None}
+    view_names = MappingProxyType({"global_views": 2, "local_views": None})
 
     def theirs(self, vit: nn.Module) -> nn.Module:
         return theirs.SwAV(ClassToken(self.student), n_prototypes=3000, epsilon=0.05)
