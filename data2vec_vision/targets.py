@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from data2vec_vision import distributed
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -29,12 +31,54 @@ NORMS = {"instance": instance_norm, "layer": layer_norm}
 
 
 def mean_of_blocks(hidden: Sequence[Tensor], norm: str) -> Tensor:
-    """LN((1 / L) sum of norm(h)) over the hidden states of L blocks, each [B, S, D], in at least fp32.
+    """(1 / L) sum of norm(h) over the hidden states of L blocks, each [B, S, D], in at least fp32.
 
-    data2vec (Baevski et al. 2022, section 3.3) and data2vec 2.0; `norm` is "instance" or "layer".
+    data2vec (Baevski et al. 2022, section 3.3) and data2vec 2.0; `norm` is "instance" or "layer". A `layer_norm`
+    of it is their target.
     """
     total: Any = sum(NORMS[norm](at_least_fp32(h)) for h in hidden)  # one at a time: a stack would hold all L in fp32
-    return layer_norm(total / len(hidden))
+    return total / len(hidden)
+
+
+class PositionMean(nn.Module):
+    """Takes from a target what its place alone tells: y - m, m [S, D] the running mean of y over images.
+
+    A student can predict a teacher's state without looking at the image, from the place of a patch, and a teacher that
+    follows such a student soon has nothing else to say: on small images and short runs 99 % of the variance of
+    data2vec's targets were between places (benchmarks/RESULTS.md). DINO's centre (Caron et al. 2021, section 3.1), one for
+    each place, closes that way out. `forward` uses the mean as it was before the step, so that slicing a step into
+    passes or processes changes nothing; in the first step it is zero.
+    """
+
+    MOMENTUM = 0.9  # at first the plain mean of all steps
+
+    mean: Tensor
+    steps: Tensor
+
+    def __init__(self, n_patches: int, width: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(n_patches, width))
+        self.register_buffer("steps", torch.zeros(()))
+        self._passes: list[Tensor] = []  # means [S, D] of this step's passes, which join `mean` after it
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Targets of all places of some images, [B, S, D] -> the same shape."""
+        if self.training:
+            self._passes.append(y.mean(dim=0))
+        return y - self.mean
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Takes up the means of the step's passes, over all processes."""
+        if not self._passes:
+            return
+        new = distributed.mean(torch.stack(self._passes).mean(dim=0)).to(self.mean.dtype)
+        self._passes = []
+        # A pass that was not finite must not spoil those to come.
+        finite = new.isfinite().all()
+        share = torch.where(finite, (1 / (self.steps + 1)).clamp(min=1 - self.MOMENTUM), 0.0)
+        self.mean.lerp_(new.nan_to_num(), share)
+        self.steps += finite
 
 
 def target_health(target: Tensor, prediction: Tensor) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from data2vec_vision.knobs import knob
 from data2vec_vision.masking import MaskSampler, block_mask, share
 from data2vec_vision.methods.base import Method, Output
 from data2vec_vision.patches import take
-from data2vec_vision.targets import at_least_fp32, mean_of_blocks, target_health
+from data2vec_vision.targets import PositionMean, at_least_fp32, layer_norm, mean_of_blocks, target_health
 from data2vec_vision.transforms import Views, ViewTransform, augmentation
 from data2vec_vision.vit import has_separate_ffn
 
@@ -57,6 +57,7 @@ class Data2Vec(Method):
         )
         target_output: Literal["ffn", "block"] = knob("ffn", "the state of a block that is predicted", paper="block")
         target_norm: Literal["instance", "layer"] = knob("instance", "norm of each block's state", paper="layer")
+        center: bool = knob(True, "take from the target what a patch's place alone tells", paper="false")
         crop_min: float = knob(0.2, "smallest share of the image that a crop keeps", "(0, 1]", "0.08")
         color_jitter: float = knob(0.4, "strength of the colour jitter", "[0, 1]", "0.4")
         flip: float = knob(0.5, "probability of a mirror image", "[0, 1]", "0.5")
@@ -76,6 +77,7 @@ class Data2Vec(Method):
         self.n_masked = share(self.config.mask_ratio, self.student.n_patches)
         self.regressor = nn.Linear(self.student.embed_dim, self.student.embed_dim)
         self.teacher = frozen_copy(self.student)
+        self.position_mean = PositionMean(self.student.n_patches, self.student.embed_dim) if self.config.center else None
 
     def describe(self) -> str:
         c, S = self.config, self.student.n_patches
@@ -103,9 +105,18 @@ class Data2Vec(Method):
 
     @torch.no_grad()
     def target(self, images: Tensor, query: Tensor) -> Tensor:
-        """y = LN((1 / K) sum over the top K blocks of norm(h)), of the unmasked images, at the hidden patches.
+        """y = LN((1 / K) sum over the top K blocks of norm(h) - m), of the unmasked images, at the hidden patches.
 
+        m is what the sum has at a place on average over images, zero without `center`.
         images [B, 3, H, W], query [B, Q] -> [B, Q, D] in at least fp32.
         """
         hidden = self.teacher.encode(images, hidden=self.top_blocks, output=self.config.target_output).hidden
-        return take(mean_of_blocks(hidden, self.config.target_norm), query)
+        y = mean_of_blocks(hidden, self.config.target_norm)
+        if self.position_mean is not None:
+            y = self.position_mean(y)
+        return layer_norm(take(y, query))
+
+    def after_step(self, progress: float) -> None:
+        super().after_step(progress)
+        if self.position_mean is not None:
+            self.position_mean.after_step()

@@ -27,7 +27,7 @@ from data2vec_vision.knobs import knob
 from data2vec_vision.masking import MaskSampler, inverse_block_mask, others, share
 from data2vec_vision.methods.base import Method, Output
 from data2vec_vision.patches import take
-from data2vec_vision.targets import at_least_fp32, layer_norm, mean_of_blocks, target_health
+from data2vec_vision.targets import PositionMean, at_least_fp32, layer_norm, mean_of_blocks, target_health
 from data2vec_vision.transforms import Views, ViewTransform, augmentation
 from data2vec_vision.vit import fix_position, has_separate_ffn, run_block
 
@@ -96,8 +96,9 @@ class Data2Vec2(Method):
         decoder_dim: int | None = knob(None, "width of the decoder; none: the encoder's", "[1, inf)", "768")
         decoder_depth: int = knob(6, "convolutions of the decoder", "[1, inf)", "6")
         decoder_kernel: Literal[3, 5, 7] = knob(3, "side of a convolution's kernel", paper="3")
+        center: bool = knob(True, "take from the target what a patch's place alone tells", paper="false")
         class_token_weight: float = knob(
-            1.0, "weight of the class token's loss", "[0, inf)", "2.56, 0.01 a mask of 16 x 16"
+            0.0, "weight of the class token's loss", "[0, inf)", "2.56, 0.01 a mask of 16 x 16"
         )
         tau_initial: float = knob(0.9998, "the teacher's EMA factor at the start", "[0, 1]", "0.9998", "tau_initial")
         tau_end: float = knob(0.99999, "the teacher's EMA factor after its rise", "[0, 1]", "0.99999", "tau_end")
@@ -123,6 +124,7 @@ class Data2Vec2(Method):
         self.decoder = ConvDecoder(student.grid, D, W, c.decoder_depth, c.decoder_kernel)
         self.regressor = nn.Linear(W, D)
         self.teacher = frozen_copy(self.student)
+        self.position_mean = PositionMean(student.n_patches, D) if c.center else None
 
     @staticmethod
     def initialize(vit: VisionTransformer) -> None:
@@ -166,9 +168,18 @@ class Data2Vec2(Method):
 
     @torch.no_grad()
     def target(self, images: Tensor) -> Tensor:
-        """y = LN((1 / T) sum over the top T blocks of IN(f)), f a block's feed-forward output: [B, S, D]."""
+        """y = LN((1 / T) sum over the top T blocks of IN(f) - m), f a block's feed-forward output: [B, S, D].
+
+        m is what the sum has at a place on average over images, zero without `center`.
+        """
         hidden = self.teacher.encode(images, hidden=self.top_blocks, output="ffn").hidden
-        return mean_of_blocks(hidden, "instance")
+        y = mean_of_blocks(hidden, "instance")
+        return layer_norm(y if self.position_mean is None else self.position_mean(y))
+
+    def after_step(self, progress: float) -> None:
+        super().after_step(progress)
+        if self.position_mean is not None:
+            self.position_mean.after_step()
 
     def decode(self, tokens: Tensor, keep: Tensor, query: Tensor, noise: Tensor | None = None) -> Tensor:
         """Visible tokens [R, K, D] at keep [R, K] -> predictions [R, Q, D] at query [R, Q], in at least fp32.

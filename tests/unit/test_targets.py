@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from data2vec_vision.targets import at_least_fp32, instance_norm, layer_norm, mean_of_blocks, spread, target_health
+from data2vec_vision.targets import (
+    PositionMean,
+    at_least_fp32,
+    instance_norm,
+    layer_norm,
+    mean_of_blocks,
+    spread,
+    target_health,
+)
 
 
 def states(count=3, batch=2, patches=5, width=8):
@@ -43,7 +51,7 @@ def test_norms_equal_naive_code():
 def test_the_mean_of_blocks_equals_naive_code(norm, count):
     blocks = states(count)
     mean = sum(NAIVE[norm](h) for h in blocks) / count
-    torch.testing.assert_close(mean_of_blocks(blocks, norm), naive_layer_norm(mean), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(mean_of_blocks(blocks, norm), mean, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("norm", ["instance", "layer"])
@@ -104,3 +112,69 @@ def test_the_spread_is_torchs_standard_deviation():
     expected = x.flatten(0, 1).std(dim=0, unbiased=False).mean()
     torch.testing.assert_close(spread(x), expected)
     assert target_health(x, 2 * x)["prediction_std"] == pytest.approx(2 * expected.item(), rel=1e-5)
+
+
+def by_place(passes, places=5, width=8):
+    """Targets that are one vector a place, and a little of each image."""
+    generator = torch.Generator().manual_seed(1)
+    of_place = torch.randn(places, width, generator=generator, dtype=torch.float64)
+    return [of_place + 0.1 * torch.randn(4, places, width, generator=generator, dtype=torch.float64) for _ in passes]
+
+
+def test_the_position_mean_is_a_running_mean_over_images():
+    """The plain mean of the first ten steps, then a tenth of each new one; each step uses what was known before it."""
+    centre, expected = PositionMean(5, 8).double(), torch.zeros(5, 8, dtype=torch.float64)
+    for step, y in enumerate(by_place(range(30))):
+        torch.testing.assert_close(centre(y), y - expected)
+        share = max(1 / (step + 1), 0.1)
+        expected = [[(1 - share) * expected[s][d] + share * y[:, s, d].sum() / 4 for d in range(8)] for s in range(5)]
+        expected = torch.tensor(expected, dtype=torch.float64)
+        centre.after_step()
+    torch.testing.assert_close(centre.mean, expected)
+
+
+def test_the_position_mean_leaves_nothing_of_what_is_the_same_in_all_images():
+    centre = PositionMean(5, 8).double()
+    steps = by_place(range(50))
+    for y in steps:
+        left = centre(y)
+        centre.after_step()
+    before, after = (x.mean(dim=0).square().mean() for x in (steps[-1], left))
+    assert after < 0.02 * before
+    assert left.var(dim=0).mean() == pytest.approx(steps[-1].var(dim=0).mean().item())  # and all of what is not
+
+
+def test_passes_of_a_step_are_one_for_the_position_mean():
+    whole, sliced = PositionMean(5, 8).double(), PositionMean(5, 8).double()
+    for y in by_place(range(3)):
+        expected = whole(y)
+        whole.after_step()
+        torch.testing.assert_close(torch.cat([sliced(part) for part in y.split(2)]), expected)
+        sliced.after_step()
+    torch.testing.assert_close(sliced.mean, whole.mean)
+
+
+def test_the_position_mean_of_a_pass_that_is_not_finite_is_left_out():
+    centre = PositionMean(5, 8).double()
+    first, second = by_place(range(2))
+    centre(first)
+    centre.after_step()
+    known = centre.mean.clone()
+    centre(torch.full_like(first, torch.nan))
+    centre.after_step()
+    torch.testing.assert_close(centre.mean, known)
+    centre(second)
+    centre.after_step()
+    torch.testing.assert_close(centre.mean, (first.mean(dim=0) + second.mean(dim=0)) / 2)
+
+
+def test_the_position_mean_rests_in_eval_mode_and_travels_in_a_checkpoint():
+    centre = PositionMean(5, 8).double()
+    centre(by_place(range(1))[0])
+    centre.after_step()
+    copy = PositionMean(5, 8).double()
+    copy.load_state_dict(centre.state_dict())
+    copy.eval()(torch.ones(4, 5, 8, dtype=torch.float64))
+    copy.after_step()
+    torch.testing.assert_close(copy.mean, centre.mean)
+    assert copy.steps == 1
