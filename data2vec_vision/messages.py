@@ -66,13 +66,13 @@ def describe(job: Job) -> str:
         if name in SHOWN
     ]
     lines += [("Chosen" if n == 0 else "", text) for n, text in enumerate(settings)]
-    if config.recipe == "paper" and (paper := method.paper) is not None:
-        lines.append(("Recipe", f"paper: {paper.source}"))
-        lines += [("", text) for text in packed(compared(paper, config, vars(method.config)), WIDTH)]
-        lines += [("", text) for text in textwrap.wrap(paper.notes, WIDTH)]
     decay = config.weight_decay, method.weight_decay(config.weight_decay, 1.0)
     if decay[0] and decay[0] != decay[1]:
         lines.append(("", f"weight decay from --weight-decay {decay[0]:g} to {decay[1]:g} at the end"))
+    if config.recipe == "paper" and (paper := method.paper) is not None:
+        lines.append(("Recipe", f"paper: {paper.source}"))
+        lines += [("", text) for text in packed(compared(paper, config, vars(method.config)), WIDTH)]
+        lines += [("", text) for text in textwrap.wrap(paper.notes, WIDTH, break_on_hyphens=False)]
     if job.restored is not None:
         if method.batch_statistics and job.restored["config"]["batch_size"] != config.batch_size:
             before = job.restored["config"]["batch_size"]

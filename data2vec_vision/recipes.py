@@ -79,12 +79,17 @@ def compared(paper: PaperRecipe, config: TrainConfig, knobs: Mapping[str, Any]) 
     """
     items = []
     for name, value in paper.options.items():
-        now, text = getattr(config, name), f"{flag(name)} {as_typed(getattr(config, name))}"
+        now = getattr(config, name)
+        text, papers = f"{flag(name)} {as_typed(now)}", as_typed(value)
         if name == "model" and now is None:
-            text = " ".join(f"{flag(size)} {getattr(config, size)}" for size in SIZES)
+            text, papers = " ".join(f"{flag(size)} {getattr(config, size)}" for size in SIZES), f"{flag(name)} {value}"
         elif name == "batch_size":
-            now, text = config.images_a_step, f"{text} {flag('grad_accum')} {config.grad_accum}"
-        items.append(text if now == value else f"{text} (the paper's: {as_typed(value)})")
+            now, text, papers = (
+                config.images_a_step,
+                f"{text} --grad-accum {config.grad_accum}",
+                f"{value} images a step",
+            )
+        items.append(text if now == value else f"{text} (the paper's: {papers})")
     for name, value in paper.knobs.items():
         text = f"--set {name}={as_typed(knobs[name])}"
         items.append(text if knobs[name] == value else f"{text} (the paper's: {as_typed(value)})")
