@@ -88,8 +88,8 @@ class IJEPA(Method):
             "No configuration of a ViT-B was published. Epochs and warm-up are the paper's, where the code of "
             "ViT-H/14 warms up for 40 of 300 epochs; the loss is the code's smooth L1, not the paper's L2; 6 "
             "predictor blocks are the code's default. The rate is one-cycle instead of a linear warm-up and a cosine. "
-            "The official sampler cuts contexts to the shortest of a pass: with 128 images in a pass they are as long "
-            "as the published ones."
+            "The official sampler cuts contexts to the shortest of a pass: with 128 images in a pass they are about "
+            "as long as the published ones."
         ),
     )  # fmt: skip
     class_token = False

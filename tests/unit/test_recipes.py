@@ -17,6 +17,7 @@ from data2vec_vision.messages import describe
 from data2vec_vision.methods.mae import MAE
 from data2vec_vision.plan import prepare
 from data2vec_vision.recipes import as_typed, command_options, packed, with_paper
+from data2vec_vision.report import reproduce
 
 NAMES = methods.names()
 TINY = {"image_size": 32, "patch_size": 4, "hidden_dim": 32, "n_encoders": 2, "n_heads": 2}
@@ -226,6 +227,17 @@ def test_a_config_file_repeats_the_run_and_is_refused_beside_another_recipe_or_m
     with pytest.raises(InputError, match="--recipe paper contradicts --config .*, which has auto"):
         read_config(str(path), {"recipe": "paper"})
     assert read_config(str(path), {"method": "swav"})["method"] == "swav"
+
+
+def test_the_command_in_the_report_repeats_the_run(images):
+    job = resolved(
+        images, method="data2vec2", **TINY, batch_size=4, grad_accum=2, k=2, set=("flip=0", "decoder_dim=32")
+    )
+    words = shlex.split(reproduce(job.config, job.folder).splitlines()[0])
+    typed = cli.commands["train"].make_context("train", words[words.index("train") + 1 :]).params
+    again = prepare(TrainConfig(**typed))
+    calls = dict.fromkeys(OF_THE_CALL)
+    assert asdict(again.config) | calls == asdict(job.config) | calls
 
 
 @pytest.mark.parametrize(
