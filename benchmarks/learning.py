@@ -63,6 +63,7 @@ def configuration(args: argparse.Namespace, method: str, out: str) -> TrainConfi
     settings: dict[str, Any] = {**SMALL, "image_size": 32} if not args.model else {"model": args.model}
     settings |= {
         "batch_size": args.batch_size,
+        "grad_accum": 1,
         "seed": args.seed,
         "workers": args.workers,
     }

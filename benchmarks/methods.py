@@ -74,7 +74,7 @@ def measure(method: str, args: argparse.Namespace) -> dict[str, object]:
     train_source, test_source = open_source(args.train), open_source(args.test)
     settings = dict(
         image_size=32, patch_size=4, hidden_dim=192, n_encoders=6, workers=0, log_every=1, save_every=10**6,
-        batch_size=args.batch_size, seed=args.seed, device="cpu",
+        batch_size=args.batch_size, grad_accum=1, seed=args.seed, device="cpu",
     )  # fmt: skip
     options = {name: float(value) for name, value in (option.split("=") for option in args.option)}
     out = Path(args.out) / (method + args.tag)

@@ -56,6 +56,7 @@ class TrainConfig:
     init: str | None = _model(None, "Start from a student file or a file of timm weights.", metavar="FILE")
 
     method: str = _method("data2vec", "A name (see `methods`), or a Python file that defines one.", metavar="NAME")
+    recipe: str = _method("auto", "Ours, or that of the method's paper for a ViT-B.", choices=("auto", "paper"))
     mask_erase_pct: float | None = _method(None, "Share of the image that is masked.", "(0, 1)", auto="the method's")
     k: int | None = _method(None, "Number of top hidden states to regress.", "[1, inf)", auto="the method's")
     beta: float | None = _method(None, "Where smooth L1 turns from square to straight.", "[0, inf)", auto="the method's")
@@ -64,9 +65,9 @@ class TrainConfig:
     tau_increase_pct: float | None = _method(None, "Share of the run in which tau rises.", "[0, 1]", auto="the method's")
     set: tuple[str, ...] = _method((), "Another knob of the method (see `methods`); can be repeated.", metavar="NAME=VALUE")
 
-    epochs: int = _optim(100, "Passes over the images.", "[1, inf)")
-    batch_size: int = _optim(64, "Images in one forward pass, over all processes.", "[1, inf)")
-    grad_accum: int = _optim(1, "Forward passes in one step.", "[1, inf)")
+    epochs: int | None = _optim(None, "Passes over the images.", "[1, inf)", auto="100")
+    batch_size: int | None = _optim(None, "Images in one forward pass, over all processes.", "[1, inf)", auto="64")
+    grad_accum: int | None = _optim(None, "Forward passes in one step.", "[1, inf)", auto="1")
     max_lr: float | None = _optim(None, "Peak of the one-cycle learning rate.", "(0, inf)", auto="from the images a step")
     warmup_pct: float | None = _optim(None, "Share of the run in which the rate rises.", "[0, 1)", auto="the method's")
     weight_decay: float | None = _optim(None, "AdamW's weight decay, of matrices only.", "[0, inf)", auto="the method's")
@@ -96,6 +97,7 @@ class TrainConfig:
 
     @property
     def images_a_step(self) -> int:
+        """Of a configuration in which batch size and accumulation are no longer on auto."""
         return self.batch_size * self.grad_accum
 # fmt: on
 
@@ -106,6 +108,11 @@ SIZES = ("patch_size", "hidden_dim", "n_encoders", "n_heads")
 OF_THE_CALL = (
     "checkpoint_out_dir", "resume_checkpoint", "allow_changed_images", "config", "dry_run", "debug",
 )  # fmt: skip
+
+
+def default_epochs(n_images: int) -> int:
+    """Passes over so many images where nobody says how many."""
+    return 100
 
 
 def flag(name: str) -> str:
@@ -208,6 +215,10 @@ def read_config(path: str, given: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"--config {path} holds no settings; give the config.json of a run")
     values = from_json(values, f"--config {path}")
+    for name in ("recipe", "method"):  # all of the recipe is in the file, of that method
+        then = values.get(name, getattr(TrainConfig, name))
+        if "paper" in (values.get("recipe"), given.get("recipe")) and given.get(name, then) != then:
+            raise InputError(f"{flag(name)} {given[name]} contradicts --config {path}, which has {then}; give only one")
     if "model" in given:
         values = {name: value for name, value in values.items() if name not in (*SIZES, "image_size")}
     elif any(name in given for name in SIZES):
@@ -269,6 +280,10 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, dict[str, s
         if getattr(config, name) in (None, "auto") and name not in values:
             values[name], reasons[name] = value, reason
 
+    fill("epochs", default_epochs(facts.n_images), "the default")
+    fill("batch_size", 64, "the default")
+    fill("grad_accum", 1, "the default")
+    config = dataclasses.replace(config, **values)
     fill("image_size", facts.image_size, "the model's own")
     if not config.model:
         fill("patch_size", 16, "ViT-S/16")

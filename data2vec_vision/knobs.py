@@ -9,7 +9,7 @@ from data2vec_vision.errors import InputError
 
 # Options of `train` that only some methods have a knob for.
 METHOD_OPTIONS = tuple(
-    name for name, f in fields().items() if f.metadata["group"] == "Method" and name not in ("method", "set")
+    name for name, f in fields().items() if f.metadata["group"] == "Method" and name not in ("method", "recipe", "set")
 )
 
 

@@ -3,6 +3,7 @@
 import errno
 import shlex
 import shutil
+import textwrap
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,12 +15,14 @@ from data2vec_vision.config import flag
 from data2vec_vision.device import device_name
 from data2vec_vision.errors import one_line
 from data2vec_vision.plan import Job
+from data2vec_vision.recipes import compared, packed
 from data2vec_vision.run import BadFiles, command, duration, plural, size
 from data2vec_vision.sources import ImageFolder
 from data2vec_vision.vit import forward_flops
 
 # Of what `resolve` chose, what the plan prints with its reason.
 SHOWN = ("k", "tau_initial", "tau_end", "max_lr", "precision", "workers")
+WIDTH = 101  # columns of a long text, beside its title
 LONG_ON_CPU = 2 * 3600  # seconds
 # Smaller settings, from the largest: image size, patch size, width, blocks, epochs.
 SMALLER = (
@@ -66,6 +69,10 @@ def describe(job: Job) -> str:
     decay = config.weight_decay, method.weight_decay(config.weight_decay, 1.0)
     if decay[0] and decay[0] != decay[1]:
         lines.append(("", f"weight decay from --weight-decay {decay[0]:g} to {decay[1]:g} at the end"))
+    if config.recipe == "paper" and (paper := method.paper) is not None:
+        lines.append(("Recipe", f"paper: {paper.source}"))
+        lines += [("", text) for text in packed(compared(paper, config, vars(method.config)), WIDTH)]
+        lines += [("", text) for text in textwrap.wrap(paper.notes, WIDTH, break_on_hyphens=False)]
     if job.restored is not None:
         if method.batch_statistics and job.restored["config"]["batch_size"] != config.batch_size:
             before = job.restored["config"]["batch_size"]

@@ -35,6 +35,7 @@ from data2vec_vision.device import (
 from data2vec_vision.errors import InputError
 from data2vec_vision.knobs import knobs_from, option_defaults
 from data2vec_vision.methods.base import Method
+from data2vec_vision.recipes import with_paper
 from data2vec_vision.schedules import Plan
 from data2vec_vision.seeding import seeded
 from data2vec_vision.sources import ImageFolder, open_source
@@ -106,6 +107,7 @@ def prepare(config: TrainConfig, steps: int | None = None) -> Job:
     if not config.input_path:
         raise InputError("say which images to train on: train INPUT_PATH")
     method_class = methods.find(config.method)
+    config = with_paper(config, method_class.paper)
     knobs_from(method_class.Config, config, config.method)  # refuses what the method does not use
     device = find_device(config.device)
     source = open_source(config.input_path)

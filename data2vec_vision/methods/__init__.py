@@ -15,6 +15,7 @@ from data2vec_vision.config import TrainConfig, flag, from_json
 from data2vec_vision.errors import InputError, one_line
 from data2vec_vision.knobs import choices, knobs, knobs_from
 from data2vec_vision.methods.base import Method
+from data2vec_vision.recipes import command_options, packed
 from data2vec_vision.vit import build_vit
 
 _files: set[str] = set()  # the modules that are files of the user's
@@ -110,6 +111,8 @@ def explain(name: str | None) -> str:
         parts = [f"default {default}", within]
         parts.append(about["paper"] and f"the paper's {about['paper']}")
         rows.append(f"{'':<32} {', '.join(filter(None, parts))}")
+    if method.paper is not None:
+        rows += ["", f"--recipe paper: {method.paper.source}", *packed(command_options(method.paper), 110)]
     return "\n".join(rows)
 
 

@@ -20,6 +20,7 @@ from data2vec_vision.ema import ema_update
 from data2vec_vision.errors import InputError, one_line
 from data2vec_vision.knobs import check_knobs
 from data2vec_vision.masking import MaskSampler, no_masks, stack_masks
+from data2vec_vision.recipes import PaperRecipe
 from data2vec_vision.schedules import linear_ramp
 from data2vec_vision.transforms import ImageTransform, ViewTransform
 from data2vec_vision.vit import DEFAULT_MODEL, MaskedVisionTransformer, build_vit
@@ -62,6 +63,7 @@ class Method(nn.Module):
     # Options of `train` that the method wants otherwise than by default. Two more names: max_lr_at_256, the peak rate
     # at 256 images a step; tau_memory, how much of a run the teacher remembers, where tau follows from its length.
     recipe: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    paper: ClassVar[PaperRecipe | None] = None  # what `--recipe paper` takes
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)  # AdamW's
     pool: ClassVar[str] = "mean"  # what `embed` gives: "mean", or "cls" where the encoder has a class token
     mask_token: ClassVar[bool] = False  # whether hidden patches are replaced by a token, rather than left out

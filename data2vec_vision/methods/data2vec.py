@@ -24,6 +24,7 @@ from data2vec_vision.knobs import knob
 from data2vec_vision.masking import MaskSampler, block_mask, share
 from data2vec_vision.methods.base import Method, Output
 from data2vec_vision.patches import take
+from data2vec_vision.recipes import VIT_B, PaperRecipe
 from data2vec_vision.targets import PositionMean, at_least_fp32, layer_norm, mean_of_blocks, target_health
 from data2vec_vision.transforms import Views, ViewTransform, augmentation
 from data2vec_vision.vit import has_separate_ffn
@@ -48,7 +49,7 @@ class Data2Vec(Method):
         top_k_blocks: int | None = knob(
             None, "how many of the last blocks are averaged into the target; none: all", "[1, inf)", "6 of 12", "k"
         )
-        mask_ratio: float = knob(0.6, "share of the patches that is hidden", "(0, 1)", "0.6", "mask_erase_pct")
+        mask_ratio: float = knob(0.6, "share of the patches that is hidden", "(0, 1)", "0.61", "mask_erase_pct")
         beta: float = knob(2.0, "error at which smooth L1 turns from square to straight", "[0, inf)", "2", "beta")
         tau_initial: float = knob(0.9998, "the teacher's EMA factor at the start", "[0, 1]", "0.9998", "tau_initial")
         tau_end: float = knob(0.9998, "the teacher's EMA factor after its rise", "[0, 1]", "0.9998", "tau_end")
@@ -66,6 +67,21 @@ class Data2Vec(Method):
     recipe = MappingProxyType(
         {"max_lr_at_256": 1e-3, "warmup_pct": 0.1, "weight_decay": 0.05, "clip_grad": 3.0, "tau_memory": 0.02}
     )
+    paper = PaperRecipe(
+        "Baevski et al. 2022, ViT-B, as run by facebookresearch/data2vec_vision (beit/README.md)",
+        options=VIT_B | dict(
+            epochs=800, batch_size=2048, max_lr=2e-3, warmup_pct=10 / 800, weight_decay=0.05, clip_grad=3.0, k=6,
+            beta=2.0, mask_erase_pct=0.61, tau_initial=0.9998, tau_end=0.9998, tau_increase_pct=0.0
+        ),
+        knobs=dict(
+            target_output="block", target_norm="layer", center=False, crop_min=0.08, color_jitter=0.4, flip=0.5
+        ),
+        notes=(
+            "Of the paper but not here: relative positions shared by all layers, layer scale, drop path of 0.25, "
+            "attention dropout of 0.05, and a linear warm-up with a cosine, where ours is one-cycle. Warm-up and "
+            "masks are those of the code, which hides at most 120 of 196 patches, here always 120."
+        ),
+    )  # fmt: skip
     mask_token = True
 
     def build(self) -> None:
@@ -77,7 +93,9 @@ class Data2Vec(Method):
         self.n_masked = share(self.config.mask_ratio, self.student.n_patches)
         self.regressor = nn.Linear(self.student.embed_dim, self.student.embed_dim)
         self.teacher = frozen_copy(self.student)
-        self.position_mean = PositionMean(self.student.n_patches, self.student.embed_dim) if self.config.center else None
+        self.position_mean = (
+            PositionMean(self.student.n_patches, self.student.embed_dim) if self.config.center else None
+        )
 
     def describe(self) -> str:
         c, S = self.config, self.student.n_patches

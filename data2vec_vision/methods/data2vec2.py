@@ -27,6 +27,7 @@ from data2vec_vision.knobs import knob
 from data2vec_vision.masking import MaskSampler, inverse_block_mask, others, share
 from data2vec_vision.methods.base import Method, Output
 from data2vec_vision.patches import take
+from data2vec_vision.recipes import VIT_B, PaperRecipe
 from data2vec_vision.targets import PositionMean, at_least_fp32, layer_norm, mean_of_blocks, target_health
 from data2vec_vision.transforms import Views, ViewTransform, augmentation
 from data2vec_vision.vit import fix_position, has_separate_ffn, run_block
@@ -103,7 +104,7 @@ class Data2Vec2(Method):
         tau_initial: float = knob(0.9998, "the teacher's EMA factor at the start", "[0, 1]", "0.9998", "tau_initial")
         tau_end: float = knob(0.99999, "the teacher's EMA factor after its rise", "[0, 1]", "0.99999", "tau_end")
         tau_increase_pct: float = knob(
-            0.27, "share of the run in which tau rises", "[0, 1]", "0.27", "tau_increase_pct"
+            0.27, "share of the run in which tau rises", "[0, 1]", "100,000 of 375,300 steps", "tau_increase_pct"
         )
         crop_min: float = knob(0.2, "smallest share of the image that a crop keeps", "(0, 1]", "0.2")
         flip: float = knob(0.5, "probability of a mirror image", "[0, 1]", "0.5")
@@ -111,6 +112,22 @@ class Data2Vec2(Method):
     recipe = MappingProxyType(
         {"max_lr_at_256": 1e-3, "warmup_pct": 0.13, "weight_decay": 0.05, "clip_grad": 4.0, "tau_memory": 0.02}
     )
+    paper = PaperRecipe(
+        "Baevski et al. 2023, ViT-B, as run by facebookresearch/fairseq (examples/data2vec/config/v2, base images)",
+        options=VIT_B | dict(
+            epochs=75, batch_size=256, max_lr=1e-3, warmup_pct=50_040 / 375_300, weight_decay=0.05, clip_grad=4.0,
+            k=10, mask_erase_pct=0.8, tau_initial=0.9998, tau_end=0.99999, tau_increase_pct=100_000 / 375_300
+        ),
+        knobs=dict(
+            n_masks=16, mask_adjust=0.07, block_size=3, decoder_dim=768, decoder_depth=6, decoder_kernel=3,
+            center=False, class_token_weight=2.56, crop_min=0.2, flip=0.5
+        ),
+        notes=(
+            "Of the paper but not here: blocks with the norm after them, a norm before the first, and a linear "
+            "warm-up with a cosine, where ours is one-cycle. The length is the configuration's, 375,300 updates of "
+            "256 images."
+        ),
+    )  # fmt: skip
     betas = (0.9, 0.95)
 
     def build(self) -> None:

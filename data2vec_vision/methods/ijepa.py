@@ -24,6 +24,7 @@ from data2vec_vision.knobs import knob
 from data2vec_vision.masking import MaskSampler, largest_context, multiblock, multiblock_official, share
 from data2vec_vision.methods.base import Method, Output
 from data2vec_vision.patches import take
+from data2vec_vision.recipes import VIT_B, PaperRecipe
 from data2vec_vision.schedules import cosine
 from data2vec_vision.targets import PositionMean, at_least_fp32, layer_norm, target_health
 from data2vec_vision.transforms import Views, ViewTransform, augmentation
@@ -74,6 +75,24 @@ class IJEPA(Method):
 
     # No clipping, and no decay at first but little: the published configuration.
     recipe = MappingProxyType({"max_lr_at_256": 1e-3, "warmup_pct": 0.1, "weight_decay": 0.04, "clip_grad": 0.0})
+    paper = PaperRecipe(
+        "Assran et al. 2023, ViT-B/16, and facebookresearch/ijepa (configs of ViT-H/14)",
+        options=VIT_B | dict(
+            epochs=600, batch_size=2048, max_lr=1e-3, warmup_pct=15 / 600, weight_decay=0.04, clip_grad=0.0,
+            beta=1.0, tau_initial=0.996, tau_end=1.0, tau_increase_pct=1.0
+        ),
+        knobs=dict(
+            n_targets=4, context_ratio=0.25, official_sampler=True, predictor_dim=384, predictor_depth=6,
+            center=False, weight_decay_end=0.4, crop_min=0.3, flip=0.0
+        ),
+        notes=(
+            "No configuration of a ViT-B was published. Epochs and warm-up are the paper's, where the code of "
+            "ViT-H/14 warms up for 40 of 300 epochs; the loss is the code's smooth L1, not the paper's L2; 6 "
+            "predictor blocks are the code's default. The rate is one-cycle instead of a linear warm-up and a cosine. "
+            "The official sampler cuts contexts to the shortest of a pass: with 128 images in a pass they are about "
+            "as long as the published ones."
+        ),
+    )  # fmt: skip
     class_token = False
 
     def build(self) -> None:

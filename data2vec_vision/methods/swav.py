@@ -23,6 +23,7 @@ from data2vec_vision.distributed import BatchNorm
 from data2vec_vision.knobs import knob
 from data2vec_vision.methods.base import Method, Output, by_resolution
 from data2vec_vision.prototypes import Prototypes, mean_entropy_gap, prototype_use, sinkhorn
+from data2vec_vision.recipes import VIT_B, PaperRecipe
 from data2vec_vision.targets import at_least_fp32
 from data2vec_vision.transforms import ViewTransform, local_crop_count, multi_crop
 from data2vec_vision.vit import pooled
@@ -38,7 +39,7 @@ class SwAV(Method):
         temperature: float = knob(0.1, "temperature of the predictions", "(0, inf)", "0.1")
         epsilon: float = knob(0.03, "temperature of the assignments", "(0, inf)", "0.05")
         queue_length: int = knob(512, "earlier images that Sinkhorn sees too; 0: none", "[0, inf)", "3840 at batch 256")
-        queue_start: float = knob(0.15, "share of the run after which the queue fills", "[0, 1]", "0.15 of 100 epochs")
+        queue_start: float = knob(0.15, "share of the run after which the queue fills", "[0, 1]", "15 epochs")
         freeze_prototypes: float = knob(
             0.01, "share of the run in which the prototypes are frozen", "[0, 1)", "1 epoch"
         )
@@ -52,6 +53,23 @@ class SwAV(Method):
 
     # The paper's SGD with LARC is for ResNets; AdamW is what DINO trained SwAV's ViT with.
     recipe = MappingProxyType({"max_lr_at_256": 5e-4, "warmup_pct": 0.1, "weight_decay": 0.05, "clip_grad": 3.0})
+    paper = PaperRecipe(
+        "Caron et al. 2020, ResNet-50, 400 epochs at batch 256; AdamW as in Caron et al. 2021 (DINO)",
+        options=VIT_B | dict(
+            epochs=400, batch_size=256, max_lr=5e-4, warmup_pct=10 / 400, weight_decay=0.05, clip_grad=0.0
+        ),
+        knobs=dict(
+            n_local=6, n_prototypes=3000, temperature=0.1, epsilon=0.05, queue_length=3840, queue_start=15 / 400,
+            freeze_prototypes=1 / 400, head_dim=2048, projection_dim=128, crop_min=0.14, local_min=0.05,
+            color_jitter=1.0, blur=0.5, flip=0.5
+        ),
+        notes=(
+            "The paper has no ViT: views, prototypes, queue and length are its ResNet-50's at batch 256. Its SGD with "
+            "LARC is not here; AdamW at 5e-4 x batch / 256, with ten epochs of warm-up, a decay of 0.05 and no "
+            "clipping, is what DINO's author tells of her ViTs by other methods (facebookresearch/dino, issue 34). "
+            "The rate is one-cycle instead of a cosine."
+        ),
+    )  # fmt: skip
     pool = "cls"
     view_names = MappingProxyType({"global_views": 2, "local_views": None})
     batch_statistics = "batch norm and, beside the queue, Sinkhorn"

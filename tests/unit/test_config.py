@@ -98,6 +98,7 @@ def test_defaults_suit_10000_images_and_one_gpu():
     check(config)
     assert (config.epochs, config.image_size, config.patch_size, config.hidden_dim) == (100, 224, 16, 384)
     assert (config.n_encoders, config.n_heads, config.k) == (12, 6, 12)
+    assert (config.batch_size, config.grad_accum, config.images_a_step) == (64, 1, 64)
     assert config.checkpoint_out_dir == "runs/photos-data2vec"
     assert config.precision == "bf16" and config.device == "cuda:0" and config.workers == 8
     assert steps_per_epoch(config, 10_000) == 157
@@ -116,7 +117,7 @@ def test_resolve_keeps_what_was_typed_and_leaves_nothing_on_auto():
         assert getattr(config, name) == getattr(typed, name) and name not in reasons
     assert config.tau_initial <= config.tau_end
     unresolved = {n for n in fields() if getattr(config, n) in (None, "auto")}
-    assert unresolved == {"model", "init", "mask_erase_pct", "tau_increase_pct", "resume_checkpoint", "config",
+    assert unresolved == {"recipe", "model", "init", "mask_erase_pct", "tau_increase_pct", "resume_checkpoint", "config",
                           "warmup_pct", "clip_grad", "eval_path", "wandb"} - set(FACTS.recipe)  # fmt: skip
 
 

@@ -25,6 +25,7 @@ GROUND = [
 MODELS_AND_DATA = [
     "config",
     "knobs",
+    "recipes",
     "device",
     "transforms",
     "vit",
