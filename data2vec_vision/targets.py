@@ -44,10 +44,10 @@ class PositionMean(nn.Module):
     """Takes from a target what its place alone tells: y - m, m [S, D] the running mean of y over images.
 
     A student can predict a teacher's state without looking at the image, from the place of a patch, and a teacher that
-    follows such a student soon has nothing else to say: on small images and short runs 99 % of the variance of
-    data2vec's targets were between places (benchmarks/RESULTS.md). DINO's centre (Caron et al. 2021, section 3.1), one for
-    each place, closes that way out. `forward` uses the mean as it was before the step, so that slicing a step into
-    passes or processes changes nothing; in the first step it is zero.
+    follows such a student soon has nothing else to say: of data2vec 2.0's targets, 99 % of the variance came to be
+    between places (benchmarks/RESULTS.md). DINO's centre (Caron et al. 2021, section 3.1), one for each place, closes
+    that way out. `forward` uses the mean as it was before the step, so that slicing a step into passes or processes
+    changes nothing; in the first step it is zero.
     """
 
     MOMENTUM = 0.9  # at first the plain mean of all steps
