@@ -103,6 +103,7 @@ class TrainConfig:
 
 
 LONG_WORK = 4e14  # FLOP a core, of forward passes: in bf16 about two hours of data2vec, half an hour of MAE
+SEEN, MOST_EPOCHS = 2_000_000, 800  # what the peers' small-data runs take: 200 to 800 epochs of 9,500 images
 SIZES = ("patch_size", "hidden_dim", "n_encoders", "n_heads")
 # What belongs to one call and not to the run: never taken over from a file.
 OF_THE_CALL = (
@@ -111,8 +112,13 @@ OF_THE_CALL = (
 
 
 def default_epochs(n_images: int) -> int:
-    """Passes over so many images where nobody says how many."""
-    return 100
+    """Passes over so many images where nobody says how many: 100, more where that is less than SEEN images."""
+    return min(MOST_EPOCHS, max(100, math.ceil(SEEN / n_images)))
+
+
+def default_prototypes(n_images: int, most: int) -> int:
+    """How many prototypes: the power of two below an eighth of the images, at least 64 and at most `most`."""
+    return min(most, max(64, 2 ** int(math.log2(max(1, n_images / 8)))))
 
 
 def flag(name: str) -> str:
@@ -280,7 +286,8 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, dict[str, s
         if getattr(config, name) in (None, "auto") and name not in values:
             values[name], reasons[name] = value, reason
 
-    fill("epochs", default_epochs(facts.n_images), "the default")
+    epochs = default_epochs(facts.n_images)
+    fill("epochs", epochs, "the default" if epochs == 100 else f"{epochs * facts.n_images:,} images seen")
     fill("batch_size", 64, "the default")
     fill("grad_accum", 1, "the default")
     config = dataclasses.replace(config, **values)

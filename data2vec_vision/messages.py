@@ -21,7 +21,7 @@ from data2vec_vision.sources import ImageFolder
 from data2vec_vision.vit import forward_flops
 
 # Of what `resolve` chose, what the plan prints with its reason.
-SHOWN = ("k", "tau_initial", "tau_end", "max_lr", "precision", "workers")
+SHOWN = ("epochs", "k", "tau_initial", "tau_end", "max_lr", "precision", "workers")
 WIDTH = 101  # columns of a long text, beside its title
 LONG_ON_CPU = 2 * 3600  # seconds
 # Smaller settings, from the largest: image size, patch size, width, blocks, epochs.
@@ -64,6 +64,11 @@ def describe(job: Job) -> str:
         else f"{flag(name)} {value} ({why})"
         for name, why in job.reasons.items()
         if name in SHOWN
+    ]
+    settings += [
+        f"--set {name}={value} ({job.reasons[name]})"
+        for name, _, value in (item.partition("=") for item in config.set)
+        if name in job.reasons
     ]
     lines += [("Chosen" if n == 0 else "", text) for n, text in enumerate(settings)]
     decay = config.weight_decay, method.weight_decay(config.weight_decay, 1.0)

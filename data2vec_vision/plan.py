@@ -35,7 +35,7 @@ from data2vec_vision.device import (
 from data2vec_vision.errors import InputError
 from data2vec_vision.knobs import knobs_from, option_defaults
 from data2vec_vision.methods.base import Method
-from data2vec_vision.recipes import with_paper
+from data2vec_vision.recipes import as_typed, with_paper
 from data2vec_vision.schedules import Plan
 from data2vec_vision.seeding import seeded
 from data2vec_vision.sources import ImageFolder, open_source
@@ -128,6 +128,8 @@ def prepare(config: TrainConfig, steps: int | None = None) -> Job:
         )
         config, reasons = resolve(config, facts)
         check(config)
+        config, of_knobs = with_derived(config, method_class, facts)
+        reasons |= of_knobs
         method = method_class(vit, **knobs_from(method_class.Config, config, config.method))
     for encoder in method.encoders.values():
         encoder.transform = replace(encoder.transform, **start.normalization)
@@ -135,6 +137,14 @@ def prepare(config: TrainConfig, steps: int | None = None) -> Job:
     total = steps or config.epochs * steps_per_epoch(config, len(source))
     schedule = Plan(((0, total),), config.max_lr, config.warmup_pct)
     return made_ready(Job(config, reasons, source, method.to(device), schedule, device))
+
+
+def with_derived(config: TrainConfig, method_class: type[Method], facts: Facts) -> tuple[TrainConfig, dict[str, str]]:
+    """`config` with the knobs that the method derives from the data, but for those typed; and the reasons."""
+    typed = {item.partition("=")[0] for item in config.set}
+    found = {name: value for name, value in method_class.derived(facts).items() if name not in typed}
+    added = tuple(f"{name}={as_typed(value)}" for name, (value, _) in found.items())
+    return replace(config, set=(*config.set, *added)), {name: why for name, (_, why) in found.items()}
 
 
 def restore(config: TrainConfig, given: Mapping[str, Any]) -> Job:
@@ -184,6 +194,8 @@ def merged(stored: TrainConfig, typed: TrainConfig, given: Mapping[str, Any], pa
         value, old = getattr(typed, name), getattr(stored, name)
         if name in MAY_DIFFER or name in ("batch_size", "grad_accum") or value in (old, None, "auto"):
             continue
+        if name == "set" and set(value) <= set(old):
+            continue  # the rest came from the recipe or the data
         if name == "epochs" and value > old:
             changes[name] = value
             continue

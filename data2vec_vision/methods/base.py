@@ -16,6 +16,7 @@ from torch import Generator, Tensor, nn
 
 from data2vec_vision import distributed
 from data2vec_vision.checkpoint import load_encoder
+from data2vec_vision.config import Facts
 from data2vec_vision.ema import ema_update
 from data2vec_vision.errors import InputError, one_line
 from data2vec_vision.knobs import check_knobs
@@ -129,6 +130,11 @@ class Method(nn.Module):
     @staticmethod
     def initialize(vit: VisionTransformer) -> None:
         """What the paper does to the first weights of an encoder, where timm does otherwise; not to pretrained ones."""
+
+    @classmethod
+    def derived(cls, facts: Facts) -> dict[str, tuple[Any, str]]:
+        """Knobs that `train` sets by the data where the user does not: {knob: (value, reason)}."""
+        return {}
 
     @property
     def encoders(self) -> dict[str, MaskedVisionTransformer]:

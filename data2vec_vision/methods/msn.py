@@ -14,10 +14,12 @@ images of one forward pass in all processes: gradient accumulation does not enla
 import math
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
+from data2vec_vision.config import Facts, default_prototypes
 from data2vec_vision.distributed import BatchNorm
 from data2vec_vision.ema import ema_update, frozen_copy
 from data2vec_vision.knobs import knob
@@ -93,6 +95,11 @@ class MSN(Method):
     pool = "cls"
     view_names = MappingProxyType({"anchor": 1, "target": 1, "focal_views": None})
     batch_statistics = "batch norm, Sinkhorn and mean entropy"
+
+    @classmethod
+    def derived(cls, facts: Facts) -> dict[str, tuple[Any, str]]:
+        count = default_prototypes(facts.n_images, most=1024)
+        return {} if count == 1024 else {"n_prototypes": (count, f"for {facts.n_images:,} images")}
 
     def build(self) -> None:
         c, student = self.config, self.student

@@ -13,12 +13,14 @@ and for Sinkhorn the queue: gradient accumulation does not enlarge what they see
 
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data2vec_vision import distributed
+from data2vec_vision.config import Facts, default_prototypes
 from data2vec_vision.distributed import BatchNorm
 from data2vec_vision.knobs import knob
 from data2vec_vision.methods.base import Method, Output, by_resolution
@@ -75,6 +77,11 @@ class SwAV(Method):
     batch_statistics = "batch norm and, beside the queue, Sinkhorn"
 
     queue: Tensor
+
+    @classmethod
+    def derived(cls, facts: Facts) -> dict[str, tuple[Any, str]]:
+        count = default_prototypes(facts.n_images, most=256)
+        return {} if count == 256 else {"n_prototypes": (count, f"for {facts.n_images:,} images")}
 
     def build(self) -> None:
         c, student = self.config, self.student
