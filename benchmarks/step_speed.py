@@ -97,7 +97,6 @@ class Timed:
 
     def __init__(self, variant: Variant, args: argparse.Namespace):
         context = multiprocessing.get_context("spawn")
-        self.variant = variant
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, variant, args), daemon=True)
         self._process.start()

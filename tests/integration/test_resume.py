@@ -318,3 +318,17 @@ def test_bad_files_that_were_mended_do_not_end_the_run_that_goes_on(cli, images)
     code, _, err = cli("train", "--resume-checkpoint", LAST)
     assert code == 0, err
     assert len(Path("stopped/bad_files.txt").read_bytes().splitlines()) == 4
+
+
+def test_a_knob_that_follows_from_the_data_is_said_and_stays_with_the_run(cli, refused, images):
+    run = ["train", images, *TINY, "--method", "msn", "--set", "head_dim=32", "--epochs", 1]
+    code, out, _ = cli(*run, "--checkpoint-out-dir", "run")
+    assert code == 0 and "--set n_prototypes=64 (for 24 images)" in out
+    stored = torch.load("run/checkpoint_0.pt", weights_only=True)
+    assert stored["config"]["set"] == ("head_dim=32", "n_prototypes=64")
+    assert len(stored["method_state"]["prototypes.weight"]) == 64
+    longer = ["--resume-checkpoint", "run/checkpoint_last.pt", "--epochs"]
+    assert cli("train", *longer, 2, "--set", "head_dim=32")[0] == 0  # what was typed, without what followed
+    assert "--set n_prototypes=8 contradicts" in refused("train", *longer, 3, "--set", "n_prototypes=8")
+    code, out, _ = cli(*run, "--set", "n_prototypes=8", "--checkpoint-out-dir", "typed")
+    assert code == 0 and "n_prototypes=64" not in out

@@ -13,6 +13,8 @@ from data2vec_vision.config import (
     Facts,
     TrainConfig,
     check,
+    default_epochs,
+    default_prototypes,
     fields,
     flag,
     from_json,
@@ -96,14 +98,14 @@ def test_without_a_memory_tau_is_the_methods_own():
 def test_defaults_suit_10000_images_and_one_gpu():
     config, reasons = resolve(TrainConfig(input_path="some/photos"), FACTS)
     check(config)
-    assert (config.epochs, config.image_size, config.patch_size, config.hidden_dim) == (100, 224, 16, 384)
+    assert (config.epochs, config.image_size, config.patch_size, config.hidden_dim) == (200, 224, 16, 384)
     assert (config.n_encoders, config.n_heads, config.k) == (12, 6, 12)
     assert (config.batch_size, config.grad_accum, config.images_a_step) == (64, 1, 64)
     assert config.checkpoint_out_dir == "runs/photos-data2vec"
     assert config.precision == "bf16" and config.device == "cuda:0" and config.workers == 8
     assert steps_per_epoch(config, 10_000) == 157
-    assert config.tau_end == pytest.approx(1 - 1 / (0.02 * 15_700), abs=1e-6)
-    assert config.tau_initial == pytest.approx(1 - 1 / (0.002 * 15_700), abs=1e-6)
+    assert config.tau_end == pytest.approx(1 - 1 / (0.02 * 31_400), abs=1e-6)
+    assert config.tau_initial == pytest.approx(1 - 1 / (0.002 * 31_400), abs=1e-6)
     assert config.max_lr == pytest.approx(5e-4) and config.weight_decay == 0.05
     assert "2 % of the run" in reasons["tau_end"] and "root of 64 / 256" in reasons["max_lr"]
 
@@ -119,6 +121,28 @@ def test_resolve_keeps_what_was_typed_and_leaves_nothing_on_auto():
     unresolved = {n for n in fields() if getattr(config, n) in (None, "auto")}
     assert unresolved == {"recipe", "model", "init", "mask_erase_pct", "tau_increase_pct", "resume_checkpoint", "config",
                           "warmup_pct", "clip_grad", "eval_path", "wandb"} - set(FACTS.recipe)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("n_images", "epochs"),
+    [(1, 800), (500, 800), (2_500, 800), (5_000, 400), (9_500, 211), (20_000, 100), (50_000, 100), (10**7, 100)],
+)
+def test_few_images_are_seen_more_often(n_images, epochs):
+    """Two million images seen, between 100 and 800 epochs; the plan says why."""
+    assert default_epochs(n_images) == epochs
+    config, reasons = resolve(TrainConfig(input_path="x"), replace(FACTS, n_images=n_images))
+    assert config.epochs == epochs
+    assert reasons["epochs"] == ("the default" if epochs == 100 else f"{epochs * n_images:,} images seen")
+    assert resolve(TrainConfig(input_path="x", epochs=7), replace(FACTS, n_images=n_images))[0].epochs == 7
+
+
+@pytest.mark.parametrize(
+    ("n_images", "most", "count"),
+    [(1, 1024, 64), (600, 1024, 64), (2_000, 1024, 128), (10_000, 1024, 1024), (10**6, 1024, 1024), (9_000, 256, 256)],
+)
+def test_prototypes_are_fewer_than_images(n_images, most, count):
+    """At most one for eight images, but 64 at least."""
+    assert default_prototypes(n_images, most) == count
 
 
 @pytest.mark.parametrize(("n_images", "epochs"), [(1, 1), (10, 3), (1_000, 100), (10**7, 300)])
