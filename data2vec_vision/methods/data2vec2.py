@@ -6,8 +6,10 @@ Q hidden, D width of the encoder, W of the decoder, T blocks in the target.
 
 What differs from the published code: the blocks are timm's, with the norm first, so that timm's models and
 their weights can be used; the final norm therefore precedes the decoder, there is no norm before the blocks, and
-none of the blocks is left out of the target. The weight of the class token's loss does not depend on the batch. The
-decoder's noise is the same for all images of a step, so that slicing a step changes nothing.
+none of the blocks is left out of the target. The decoder's noise is the same for all images of a step, so that slicing
+a step changes nothing. Three defaults are for small data, each measured in benchmarks/RESULTS.md: targets lose their mean
+at each place (`center`), of a small grid single patches are kept instead of blocks, and the class token has no loss
+(its target, a mean over patches after an instance norm, is next to nothing, and its loss outweighed the patches').
 """
 
 import math
@@ -32,6 +34,7 @@ from data2vec_vision.targets import PositionMean, at_least_fp32, layer_norm, mea
 from data2vec_vision.transforms import Views, ViewTransform, augmentation
 from data2vec_vision.vit import fix_position, has_separate_ffn, run_block
 
+LARGE_GRID = 12  # patches a side; below it single patches are kept, since blocks leave too few places seen
 NOISE = 0.01  # deviation of what the decoder gets at hidden places
 
 
@@ -93,9 +96,13 @@ class Data2Vec2(Method):
         mask_ratio: float = knob(0.8, "share of the patches that a mask hides", "(0, 1)", "0.8", "mask_erase_pct")
         n_masks: int = knob(8, "masks an image", "[1, inf)", "16")
         mask_adjust: float = knob(0.07, "share of the grid that blocks cover beyond what is kept", "[0, 1)", "0.07")
-        block_size: int = knob(3, "side of a kept block, in patches; less on small grids", "[1, inf)", "3")
+        block_size: int | None = knob(
+            None, "side of a kept block, in patches; none: 3, or 1 below 12 patches a side", "[1, inf)", "3"
+        )
         decoder_dim: int | None = knob(None, "width of the decoder; none: the encoder's", "[1, inf)", "768")
-        decoder_depth: int = knob(6, "convolutions of the decoder", "[1, inf)", "6")
+        decoder_depth: int | None = knob(
+            None, "convolutions of the decoder; none: 6, or 3 below 12 patches a side", "[1, inf)", "6"
+        )
         decoder_kernel: Literal[3, 5, 7] = knob(3, "side of a convolution's kernel", paper="3")
         center: bool = knob(True, "take from the target what a patch's place alone tells", paper="false")
         class_token_weight: float = knob(
@@ -110,7 +117,7 @@ class Data2Vec2(Method):
         flip: float = knob(0.5, "probability of a mirror image", "[0, 1]", "0.5")
 
     recipe = MappingProxyType(
-        {"max_lr_at_256": 1e-3, "warmup_pct": 0.13, "weight_decay": 0.05, "clip_grad": 4.0, "tau_memory": 0.02}
+        {"max_lr_at_256": 1e-3, "warmup_pct": 0.13, "weight_decay": 0.05, "clip_grad": 4.0, "tau_memory": 0.5}
     )
     paper = PaperRecipe(
         "Baevski et al. 2023, ViT-B, as run by facebookresearch/fairseq (examples/data2vec/config/v2, base images)",
@@ -138,7 +145,9 @@ class Data2Vec2(Method):
         self.n_keep = student.n_patches - share(c.mask_ratio, student.n_patches)
         D = student.embed_dim
         W = c.decoder_dim or D
-        self.decoder = ConvDecoder(student.grid, D, W, c.decoder_depth, c.decoder_kernel)
+        large = min(student.grid) >= LARGE_GRID
+        self.block_size = c.block_size or (3 if large else 1)
+        self.decoder = ConvDecoder(student.grid, D, W, c.decoder_depth or (6 if large else 3), c.decoder_kernel)
         self.regressor = nn.Linear(W, D)
         self.teacher = frozen_copy(self.student)
         self.position_mean = PositionMean(student.n_patches, D) if c.center else None
@@ -159,7 +168,7 @@ class Data2Vec2(Method):
 
     def masks(self) -> MaskSampler:
         c = self.config
-        return InverseBlockMasks(self.student.grid, c.n_masks, self.n_keep, c.mask_adjust, c.block_size)
+        return InverseBlockMasks(self.student.grid, c.n_masks, self.n_keep, c.mask_adjust, self.block_size)
 
     def shared_by_step(self, generator: Generator) -> dict[str, Tensor]:
         return {"noise": NOISE * torch.randn(1, self.student.n_patches, self.student.embed_dim, generator=generator)}
