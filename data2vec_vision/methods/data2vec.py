@@ -5,9 +5,10 @@ Language", sections 3 and 4.1. Shapes: B batch, S patches, Q hidden patches, D w
 
 What differs from the paper's vision recipe: the target is the feed-forward outputs with instance norm, as
 in the paper's speech recipe and in data2vec 2.0, because it learns on small data sets, where block
-outputs with layer norm (`target_output=block target_norm=layer`) hardly do; it loses its mean at each
-place (`center`), without which it comes to tell the place and not the image; every image has exactly the same number of hidden patches; the teacher's tau may rise. The loss is a mean over images of equal
-weight, so gradient accumulation changes nothing.
+outputs with layer norm (`target_output=block target_norm=layer`) hardly do; it loses its mean at each place
+(`center`), without which it comes to tell the place and not the image; every image has exactly the same number
+of hidden patches; the teacher's tau may rise. The loss is a mean over images of equal weight, so gradient
+accumulation changes nothing.
 """
 
 from dataclasses import dataclass

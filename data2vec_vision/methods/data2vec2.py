@@ -6,10 +6,11 @@ Q hidden, D width of the encoder, W of the decoder, T blocks in the target.
 
 What differs from the published code: the blocks are timm's, with the norm first, so that timm's models and
 their weights can be used; the final norm therefore precedes the decoder, there is no norm before the blocks, and
-none of the blocks is left out of the target. The decoder's noise is the same for all images of a step, so that slicing
-a step changes nothing. Three defaults are for small data, each measured in benchmarks/RESULTS.md: targets lose their mean
-at each place (`center`), of a small grid single patches are kept instead of blocks, and the class token has no loss
-(its target, a mean over patches after an instance norm, is next to nothing, and its loss outweighed the patches').
+none of the blocks is left out of the target. The decoder's noise is the same for all images of a step, so that
+slicing a step changes nothing. Three defaults are for small data, each measured in benchmarks/RESULTS.md: targets
+lose their mean at each place (`center`); of a small grid single patches are kept instead of blocks; and the class
+token has no loss (its target, a mean over patches after an instance norm, is next to nothing, and its loss
+outweighed the patches').
 """
 
 import math
