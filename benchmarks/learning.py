@@ -117,7 +117,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         config = configuration(args, method, f"{folder}/run")
         trained, job = train(config, steps_of(config, args))
         found = evaluate(
-            str(trained.encoder), args.train, test_path=args.test, floors=False, precision=job.config.precision,
+            str(trained.encoder), args.labelled or args.train, test_path=args.test, floors=False, precision=job.config.precision,
             device=job.device.type, json=f"{folder}/evaluation.json", picture=f"{folder}/confusion.png",
         )  # fmt: skip
         if args.keep:
@@ -157,7 +157,7 @@ def row(args: argparse.Namespace, trained: Trained, job: Job, found: dict[str, A
 
 def runs(args: argparse.Namespace) -> Iterator[list[str]]:
     """The command line of each run: methods within seeds, ours and the peer's in turn, so that rounds alternate."""
-    passed = [a for name in ("train", "test", "minutes", "epochs", "model", "batch_size", "threads", "workers",
+    passed = [a for name in ("train", "labelled", "test", "minutes", "epochs", "model", "batch_size", "threads", "workers",
                              "option", "set", "data", "results", "keep")
               if (value := getattr(args, name)) not in (None, [])
               for a in (f"--{name.replace('_', '-')}", *(map(str, value) if isinstance(value, list) else [str(value)]))]  # fmt: skip
@@ -172,15 +172,31 @@ def table(path: Path) -> str:
     groups = defaultdict(list)
     for line in path.read_text().splitlines():
         r = json.loads(line)
-        key = (r["data"], r["images"], r["encoder"], r["batch_size"], r["budget"], r["library"], r["method"])
+        key = (
+            r["data"],
+            r["images"],
+            r["encoder"],
+            r["batch_size"],
+            r["budget"],
+            tuple(r["labelled"]),
+            r["library"],
+            r["method"],
+        )
         groups[(*key, " ".join(r["settings"]))].append(r)
     lines = [
-        "| data | encoder | budget | method | settings | images seen | CPU min | seeds | kNN | linear | 10-shot | RankMe | verdict |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| data | encoder | labelled / test | budget | method | settings | images seen | CPU min | seeds | kNN | linear | 10-shot | RankMe | verdict |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for (data, images, encoder, batch, budget, library, method, settings), rows in groups.items():
+    for (data, images, encoder, batch, budget, labelled, library, method, settings), rows in groups.items():
         name = method if library == "ours" else f"{method}, {library}"
-        cells = [f"{data}, {images:,}", f"{encoder}, batch {batch}", budget, name, settings or "default"]
+        cells = [
+            f"{data}, {images:,}",
+            f"{encoder}, batch {batch}",
+            "{:,} / {:,}".format(*labelled),
+            budget,
+            name,
+            settings or "default",
+        ]
         cells += [f"{statistics.mean(r['seen'] for r in rows):,.0f}"]
         cells += [f"{statistics.mean(r['cpu_minutes'] for r in rows):.1f}", str(len(rows))]
         cells += [spread([r["knn"] for r in rows]), spread([r["linear"] for r in rows])]
@@ -199,7 +215,8 @@ def spread(values: list[float], digits: int = 1) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=", ".join(methods.names()))
-    parser.add_argument("--train", help="folder of class folders: pretrained on, and the labelled images of the probes")
+    parser.add_argument("--train", help="folder of class folders, to pretrain on")
+    parser.add_argument("--labelled", help="class folders, the labelled images of the probes, instead of --train")
     parser.add_argument("--test", help="folder of class folders that the probes are scored on")
     parser.add_argument("--minutes", type=float, help="CPU time of a run, a thread")
     parser.add_argument("--epochs", type=float, help="passes over the images, instead of --minutes")
