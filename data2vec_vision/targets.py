@@ -77,7 +77,7 @@ class PositionMean(nn.Module):
         # A pass that was not finite must not spoil those to come.
         finite = new.isfinite().all()
         share = torch.where(finite, (1 / (self.steps + 1)).clamp(min=1 - self.MOMENTUM), 0.0)
-        self.mean.lerp_(new.nan_to_num(), share)
+        self.mean += share * (new.nan_to_num() - self.mean)
         self.steps += finite
 
 
