@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from data2vec_vision.errors import InputError
 from data2vec_vision.patches import sincos_position, take
-from data2vec_vision.vit import run_block
+from data2vec_vision.vit import run_block, xavier
 
 
 class Decoded(NamedTuple):
@@ -105,14 +105,6 @@ class MaskedVisionTransformerDecoder(nn.Module):
         for block in self.blocks:
             x = run_block(block, x, recompute=self.grad_checkpointing and self.training)
         return self.norm(x)
-
-
-def xavier(module: nn.Module) -> None:
-    """MAE's weights: xavier uniform, biases zero."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def trunc_normal(module: nn.Module) -> None:

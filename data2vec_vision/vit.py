@@ -341,6 +341,23 @@ def fix_position(vit: VisionTransformer) -> None:
     vit.pos_embed.requires_grad_(False)
 
 
+def xavier(module: nn.Module) -> None:
+    """MAE's weights: xavier uniform, biases zero."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def initialize_as_mae(vit: VisionTransformer) -> None:
+    """MAE's first weights (He et al. 2022, appendix A.1, and its code) and its fixed sin-cos position."""
+    fix_position(vit)
+    vit.blocks.apply(xavier)
+    nn.init.xavier_uniform_(vit.patch_embed.proj.weight.flatten(1))  # as the linear map that it is
+    if vit.cls_token is not None:
+        nn.init.normal_(vit.cls_token, std=0.02)
+
+
 def architecture(vit: VisionTransformer) -> dict[str, Any]:
     """{"model": a timm name, "arguments": for timm.create_model} that build this encoder again.
 

@@ -19,7 +19,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import to_pil_image
 
-from data2vec_vision.decoder import MaskedVisionTransformerDecoder, xavier
+from data2vec_vision.decoder import MaskedVisionTransformerDecoder
 from data2vec_vision.knobs import knob
 from data2vec_vision.masking import MaskSampler, others, random_keep, share
 from data2vec_vision.methods.base import Method, Output
@@ -28,7 +28,7 @@ from data2vec_vision.pictures import grid, masked
 from data2vec_vision.recipes import VIT_B, PaperRecipe
 from data2vec_vision.targets import at_least_fp32, target_health
 from data2vec_vision.transforms import UnNormalize, Views, ViewTransform, augmentation
-from data2vec_vision.vit import fix_position
+from data2vec_vision.vit import initialize_as_mae, xavier
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,7 @@ class MAE(Method):
 
     @staticmethod
     def initialize(vit: VisionTransformer) -> None:
-        fix_position(vit)
-        vit.blocks.apply(xavier)
-        nn.init.xavier_uniform_(vit.patch_embed.proj.weight.flatten(1))  # as the linear map that it is
-        if vit.cls_token is not None:
-            nn.init.normal_(vit.cls_token, std=0.02)
+        initialize_as_mae(vit)
 
     def describe(self) -> str:
         S, decoder = self.student.n_patches, self.decoder
