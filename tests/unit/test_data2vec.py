@@ -292,3 +292,12 @@ def test_unknown_knobs_and_encoders_without_ffn_are_refused(tiny_vit):
 def test_it_is_public_and_builds_from_a_name():
     method = d2v.Data2Vec(encoder="vit_tiny_patch16_224", image_size=32, top_k_blocks=6, mask_ratio=0.6)
     assert method.student.grid == (2, 2) and method(torch.randn(1, 3, 32, 32)).loss.requires_grad
+
+
+def test_an_encoder_built_by_name_starts_as_maes():
+    """Fixed positions and Xavier's weights, with which data2vec begins to learn several times sooner."""
+    vit = d2v.Data2Vec("vit_tiny_patch16_224", image_size=64).student.vit
+    assert not vit.pos_embed.requires_grad and vit.pos_embed[:, 1:].abs().mean() > 0.5
+    weight = vit.blocks[0].mlp.fc1.weight
+    bound = (6 / (192 + 768)) ** 0.5
+    assert 0.98 * bound < weight.abs().max() <= bound

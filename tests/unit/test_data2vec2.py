@@ -412,3 +412,12 @@ def test_an_encoder_without_feed_forward_networks_is_refused():
     vit = VisionTransformer(16, 4, embed_dim=32, depth=1, num_heads=2, block_fn=ParallelScalingBlock)
     with pytest.raises(InputError, match="no separate feed-forward network; use another --model"):
         Data2Vec2(vit)
+
+
+@pytest.mark.parametrize(("side", "block", "depth"), [(224, 3, 6), (192, 3, 6), (176, 1, 3), (64, 1, 3)])
+def test_on_a_small_grid_single_patches_are_kept_and_the_decoder_is_shallow(side, block, depth):
+    method = Data2Vec2("vit_tiny_patch16_224", image_size=side)
+    assert (method.block_size, len(method.decoder.layers)) == (block, depth)
+    assert method.masks().side == block
+    typed = Data2Vec2("vit_tiny_patch16_224", image_size=side, block_size=2, decoder_depth=4)
+    assert (typed.masks().side, len(typed.decoder.layers)) == (2, 4)

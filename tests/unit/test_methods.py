@@ -349,3 +349,31 @@ def test_sequences_of_patches_are_images_too(name):
     views, masks = batch(method)
     expected = method(views, masks=masks).loss
     torch.testing.assert_close(method(patchify(views[0], 4), masks=masks).loss, expected)
+
+
+def place_share(target):
+    """The share of the variance of targets [B, S, D] that their place alone explains."""
+    within = (target - target.mean(dim=0)).square().mean()
+    return 1 - (within / (target - target.mean(dim=(0, 1))).square().mean()).item()
+
+
+@pytest.mark.parametrize("name", ["data2vec", "data2vec2", "ijepa"])
+def test_a_centred_target_tells_less_of_the_place(name):
+    """Of an untrained encoder with fixed positions the place is most of the target; the running mean takes it out."""
+    shares = {}
+    for center in (False, True):
+        method = make(name, center=center)
+        methods.find(name).initialize(method.student.vit)
+        method.teacher.load_state_dict(method.student.state_dict())
+        views, masks = batch(method, count=16)
+        for step in range(3):
+            method(views, masks=masks)
+            method.after_step(step / 10)
+        everywhere = torch.arange(16).expand(16, 16)
+        target = method.target(views[0], *([everywhere] if name == "data2vec" else []))
+        torch.testing.assert_close(
+            target.square().mean(dim=2), torch.ones(16, 16), rtol=1e-2, atol=0, check_dtype=False
+        )
+        shares[center] = place_share(target)
+        assert ("position_mean.mean" in method.state_dict()) == center
+    assert shares[False] > 0.15 and shares[True] < 0.05
