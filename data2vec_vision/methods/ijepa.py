@@ -5,8 +5,7 @@ section 3. Shapes: B batch, S patches, K context patches, M target blocks, Q pat
 the encoder, W of the predictor.
 
 What differs from the published code: the sampler's biases are mended (`multiblock` says which;
-`official_sampler=true` has them back), the context has the same size whatever the batch, and targets lose
-their mean at each place (`center`), without which they come to tell the place and not the image.
+`official_sampler=true` has them back), and the context has the same size whatever the batch.
 """
 
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from data2vec_vision.methods.base import Method, Output
 from data2vec_vision.patches import take
 from data2vec_vision.recipes import VIT_B, PaperRecipe
 from data2vec_vision.schedules import cosine
-from data2vec_vision.targets import PositionMean, at_least_fp32, layer_norm, target_health
+from data2vec_vision.targets import at_least_fp32, layer_norm, target_health
 from data2vec_vision.transforms import Views, ViewTransform, augmentation
 from data2vec_vision.vit import fix_position
 
@@ -70,7 +69,6 @@ class IJEPA(Method):
         weight_decay_end: float = knob(
             0.4, "weight decay at the end, by a cosine, unless --weight-decay is 0", "[0, inf)", "0.4"
         )
-        center: bool = knob(True, "take from the target what a patch's place alone tells", paper="false")
         crop_min: float = knob(0.3, "smallest share of the image that a crop keeps", "(0, 1]", "0.3")
         flip: float = knob(0.0, "probability of a mirror image", "[0, 1]", "0")
 
@@ -84,7 +82,7 @@ class IJEPA(Method):
         ),
         knobs=dict(
             n_targets=4, context_ratio=0.25, official_sampler=True, predictor_dim=384, predictor_depth=6,
-            center=False, weight_decay_end=0.4, crop_min=0.3, flip=0.0
+            weight_decay_end=0.4, crop_min=0.3, flip=0.0
         ),
         notes=(
             "No configuration of a ViT-B was published. Epochs and warm-up are the paper's, where the code of "
@@ -113,7 +111,6 @@ class IJEPA(Method):
         self.embed.apply(trunc_normal)
         self.head.apply(trunc_normal)
         self.teacher = frozen_copy(self.student)
-        self.position_mean = PositionMean(student.n_patches, student.embed_dim) if c.center else None
         self._refuse_masks_that_do_not_fit()
 
     @staticmethod
@@ -170,14 +167,8 @@ class IJEPA(Method):
 
     @torch.no_grad()
     def target(self, images: Tensor) -> Tensor:
-        """What the teacher makes of the whole images, centred, each token layer-normed: [B, 3, H, W] -> [B, S, D]."""
-        y = at_least_fp32(self.teacher.encode(images).tokens)
-        return layer_norm(y if self.position_mean is None else self.position_mean(y))
-
-    def after_step(self, progress: float) -> None:
-        super().after_step(progress)
-        if self.position_mean is not None:
-            self.position_mean.after_step()
+        """What the teacher makes of the whole images, each token layer-normed: [B, 3, H, W] -> [B, S, D]."""
+        return layer_norm(at_least_fp32(self.teacher.encode(images).tokens))
 
     def weight_decay(self, first: float, progress: float) -> float:
         return cosine(first, self.config.weight_decay_end, progress)
