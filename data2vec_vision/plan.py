@@ -128,13 +128,13 @@ def prepare(config: TrainConfig, steps: int | None = None) -> Job:
         )
         config, reasons = resolve(config, facts)
         check(config)
-        config, of_knobs = with_derived(config, method_class, facts)
+        total = steps or config.epochs * steps_per_epoch(config, len(source))
+        config, of_knobs = with_derived(config, method_class, replace(facts, steps=total))
         reasons |= of_knobs
         method = method_class(vit, **knobs_from(method_class.Config, config, config.method))
     for encoder in method.encoders.values():
         encoder.transform = replace(encoder.transform, **start.normalization)
         encoder.start_mask_token(start.mask_token)
-    total = steps or config.epochs * steps_per_epoch(config, len(source))
     schedule = Plan(((0, total),), config.max_lr, config.warmup_pct)
     return made_ready(Job(config, reasons, source, method.to(device), schedule, device))
 

@@ -133,7 +133,7 @@ class Method(nn.Module):
 
     @classmethod
     def derived(cls, facts: Facts) -> dict[str, tuple[Any, str]]:
-        """Knobs that `train` sets by the data where the user does not: {knob: (value, reason)}."""
+        """Knobs that `train` sets by the data and the steps of the run, unless typed: {knob: (value, reason)}."""
         return {}
 
     @property

@@ -17,13 +17,14 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from data2vec_vision.config import Facts
 from data2vec_vision.ema import frozen_copy
 from data2vec_vision.errors import InputError
 from data2vec_vision.knobs import knob
@@ -36,6 +37,7 @@ from data2vec_vision.transforms import Views, ViewTransform, augmentation
 from data2vec_vision.vit import fix_position, has_separate_ffn, run_block
 
 LARGE_GRID = 12  # patches a side; below it single patches are kept, since blocks leave too few places seen
+SHORT_RUN = 5000  # steps, below which fewer masks, and so more steps in the same time, get further
 NOISE = 0.01  # deviation of what the decoder gets at hidden places
 
 
@@ -95,7 +97,7 @@ class Data2Vec2(Method):
             None, "how many of the last blocks are averaged into the target; none: all", "[1, inf)", "10 of 12", "k"
         )
         mask_ratio: float = knob(0.8, "share of the patches that a mask hides", "(0, 1)", "0.8", "mask_erase_pct")
-        n_masks: int = knob(8, "masks an image", "[1, inf)", "16")
+        n_masks: int = knob(8, "masks an image; train takes 2 in runs of less than 5,000 steps", "[1, inf)", "16")
         mask_adjust: float = knob(0.07, "share of the grid that blocks cover beyond what is kept", "[0, 1)", "0.07")
         block_size: int | None = knob(
             None, "side of a kept block, in patches; none: 3, or 1 below 12 patches a side", "[1, inf)", "3"
@@ -137,6 +139,10 @@ class Data2Vec2(Method):
         ),
     )  # fmt: skip
     betas = (0.9, 0.95)
+
+    @classmethod
+    def derived(cls, facts: Facts) -> dict[str, tuple[Any, str]]:
+        return {"n_masks": (2, f"in only {facts.steps:,} steps")} if (facts.steps or 0) < SHORT_RUN else {}
 
     def build(self) -> None:
         c, student = self.config, self.student

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from timm.models.vision_transformer import ParallelScalingBlock, VisionTransform
 from torch import nn
 from torch.nn import functional as F
 
+from data2vec_vision.config import Facts
 from data2vec_vision.errors import InputError
 from data2vec_vision.methods.data2vec2 import NOISE, ConvDecoder, Data2Vec2
 
@@ -421,3 +423,9 @@ def test_on_a_small_grid_single_patches_are_kept_and_the_decoder_is_shallow(side
     assert method.masks().side == block
     typed = Data2Vec2("vit_tiny_patch16_224", image_size=side, block_size=2, decoder_depth=4)
     assert (typed.masks().side, len(typed.decoder.layers)) == (2, 4)
+
+
+def test_short_runs_have_fewer_masks():
+    facts = Facts(n_images=50_000, image_size=32, depth=6, recipe={}, device="cpu", native_bf16=True, cores=2)
+    assert Data2Vec2.derived(replace(facts, steps=4_999)) == {"n_masks": (2, "in only 4,999 steps")}
+    assert Data2Vec2.derived(replace(facts, steps=5_000)) == {}
