@@ -276,11 +276,11 @@ def test_it_describes_itself_and_its_knobs(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_builds_the_encoder_that_the_paper_has(name):
+def test_a_name_builds_the_encoder_that_the_method_wants(name):
     method = methods.find(name)("vit_tiny_patch16_224", image_size=64)
     vit = method.student.vit
     assert (vit.cls_token is None) == (name == "ijepa")
-    fixed = name in ("mae", "ijepa", "data2vec2")
+    fixed = name in ("mae", "ijepa", "data2vec", "data2vec2")
     assert vit.pos_embed.requires_grad != fixed
     if fixed:  # a code for the place, zero for the class token
         prefix = vit.num_prefix_tokens
