@@ -9,7 +9,7 @@
 | 10,000 | 256 | 32 px | --small, evenly spread |
 | 50,000 | 512 | 32 px | --small |
 
-A small encoder, so that it ends: 96 wide, 4 blocks, patches of a fourteenth, a twelfth and an eighth of the side; on the last set,
+A small encoder, so that it ends: 64 wide, 3 blocks, patches of a fourteenth, a twelfth and an eighth of the side; on the last set,
 for the same reason, of a quarter. All else is `train`'s default, with 100 epochs' worth of the teacher's rules cut to 300 steps. Prints a
 row a run: the verdict, RankMe of the embeddings at the first reading and the last, and how much of the targets
 differs between images at one place.
@@ -66,7 +66,7 @@ def runs(args: argparse.Namespace, work: Path) -> Iterator[str]:
         for method in args.methods:
             out = work / f"{method}-{n_images}"
             config = TrainConfig(
-                str(images), method=method, image_size=size, patch_size=patch, hidden_dim=96, n_encoders=4, n_heads=3,
+                str(images), method=method, image_size=size, patch_size=patch, hidden_dim=64, n_encoders=3, n_heads=1,
                 batch_size=batch, checkpoint_out_dir=str(out), save_every=10**6, no_report=True,
                 no_tensorboard=True, workers=0, seed=args.seed, compile=False, log_every=5,
             )  # fmt: skip
