@@ -28,7 +28,7 @@ OPTIONS = {
 }
 HEALTH = {
     "data2vec": {"target_std", "prediction_std"},
-    "data2vec2": {"target_std", "prediction_std", "class_loss"},
+    "data2vec2": {"target_std", "prediction_std"},
     "ijepa": {"target_std", "prediction_std", "context_patches", "target_patches"},
     "mae": {"target_std", "prediction_std"},
     "msn": {"cross_entropy", "prototypes_used", "target_max", "entropy"},
