@@ -10,7 +10,7 @@
 | 50,000 | 512 | 32 px | --small |
 
 A small encoder, so that it ends: 64 wide, 3 blocks, patches of a fourteenth, a twelfth and an eighth of the side; on the last set,
-for the same reason, of a quarter. All else is `train`'s default, with 100 epochs' worth of the teacher's rules cut to 300 steps. Prints a
+for the same reason, of a quarter. All else is what `train` takes by default for a run of 300 steps: a whole one, its warm-up, the teacher's rise and two masks of data2vec 2.0 included. Prints a
 row a run: the verdict, RankMe of the embeddings at the first reading and the last, and how much of the targets
 differs between images at one place.
 """
@@ -77,7 +77,7 @@ def runs(args: argparse.Namespace, work: Path) -> Iterator[str]:
             left = [line["target_variance_images"] for line in lines if line.get("target_variance_images") is not None]
             between = f"{left[-1]:.2f}" if left else ""
             yield (
-                f"| {method} | {n_images:,} | {batch} | {size} | {last['verdict']} ({last['level']}) | {ranks[0]:.0f} | "
+                f"| {method} | {len(open_source(str(images))):,} | {batch} | {size} | {last['verdict']} ({last['level']}) | {ranks[0]:.0f} | "
                 f"{ranks[-1]:.0f} | {between} | {trained.cpu_seconds / 60:.1f} |"
             )
 

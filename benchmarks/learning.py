@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from data2vec_vision import checkpoint, methods
-from data2vec_vision.config import TrainConfig, field_type
+from data2vec_vision.config import TrainConfig, field_type, fields
 from data2vec_vision.device import device_name
 from data2vec_vision.evaluate import evaluate
 from data2vec_vision.online import Onlooker
@@ -78,19 +78,26 @@ def configuration(args: argparse.Namespace, method: str, out: str) -> TrainConfi
 
 def steps_of(config: TrainConfig, args: argparse.Namespace) -> int:
     """The length of the run: what fits into --minutes, or --epochs, which may be a fraction."""
-    if args.minutes:
+    if args.minutes is not None:
         return steps_that_fit(config, 60 * args.minutes * args.threads)
     return max(1, round(args.epochs * len(open_source(config.input_path)) / config.images_a_step))
 
 
 def steps_that_fit(config: TrainConfig, seconds: float) -> int:
-    """How many steps take so many CPU seconds, by the mean of a few."""
-    job = prepare(config, steps=TIMED.stop)
-    start = 0.0
-    for step in training_steps(job, *optimizer_and_scaler(job)):
-        if step.number == TIMED.start:
-            start = time.process_time()
-    return max(1, round(seconds * (TIMED.stop - TIMED.start) / (time.process_time() - start)))
+    """How many steps take so many CPU seconds, by the mean of a few of a run of that length: its knobs may depend on it."""
+    steps = TIMED.stop
+    for _ in range(3):
+        job = prepare(config, steps)
+        knobs, start = job.config.set, 0.0
+        for step in training_steps(job, *optimizer_and_scaler(job)):
+            if step.number == TIMED.start:
+                start = time.process_time()
+            if step.number == TIMED.stop:
+                break
+        steps = max(TIMED.stop, round(seconds * (TIMED.stop - TIMED.start) / (time.process_time() - start)))
+        if prepare(config, steps).config.set == knobs:
+            break
+    return steps
 
 
 def train(config: TrainConfig, steps: int | None) -> tuple[Trained, Job]:
@@ -137,7 +144,11 @@ def row(args: argparse.Namespace, trained: Trained, job: Job, found: dict[str, A
         "encoder": args.model or f"ViT 192 x 6, patch 4, {job.config.image_size} px",
         "batch_size": job.config.batch_size,
         "precision": job.config.precision,
-        "budget": f"{args.minutes:g} min x {args.threads}" if args.minutes else f"{args.epochs:g} epochs",
+        "resolved": {
+            "set": job.config.set,
+            **{n: getattr(job.config, n) for n in ("max_lr", "tau_initial", "tau_end")},
+        },
+        "budget": f"{args.minutes:g} min x {args.threads}" if args.minutes is not None else f"{args.epochs:g} epochs",
         "steps": trained.steps,
         "seen": seen,
         "cpu_minutes": round(trained.cpu_seconds / 60, 1),
@@ -169,7 +180,7 @@ def runs(args: argparse.Namespace) -> Iterator[list[str]]:
 
 def table(path: Path) -> str:
     """The results as a Markdown table: a row for each setting, mean ± standard deviation over its seeds."""
-    groups = defaultdict(list)
+    groups: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = defaultdict(dict)
     for line in path.read_text().splitlines():
         r = json.loads(line)
         key = (
@@ -182,12 +193,15 @@ def table(path: Path) -> str:
             r["library"],
             r["method"],
         )
-        groups[(*key, " ".join(r["settings"]))].append(r)
+        groups[(*key, " ".join(r["settings"]))][r["seed"]] = (
+            r  # a later run of a seed takes the place of an earlier one
+        )
     lines = [
         "| data | encoder | labelled / test | budget | method | settings | images seen | CPU min | seeds | kNN | linear | 10-shot | RankMe | verdict |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for (data, images, encoder, batch, budget, labelled, library, method, settings), rows in groups.items():
+    for (data, images, encoder, batch, budget, labelled, library, method, settings), by_seed in groups.items():
+        rows = list(by_seed.values())
         name = method if library == "ours" else f"{method}, {library}"
         cells = [
             f"{data}, {images:,}",
@@ -240,6 +254,12 @@ def main() -> None:
         return
     if not (args.methods and args.train and args.test) or (args.minutes is None) == (args.epochs is None):
         parser.error("give methods, --train, --test, and --minutes or --epochs")
+    if (args.minutes or args.epochs or 0) <= 0:
+        parser.error("--minutes and --epochs must be more than 0")
+    if unknown := {option.partition("=")[0] for option in args.option} - set(fields()):
+        parser.error(f"train has no option named {', '.join(sorted(unknown))}")
+    if args.keep and (args.peer or len(args.methods) * len(args.seeds) > 1) and not args.one:
+        parser.error("--keep takes the encoder of one run: give one method and one seed, without --peer")
     if not args.one:
         for command in runs(args):
             subprocess.run(command, check=True)

@@ -65,7 +65,7 @@ class TrainConfig:
     tau_increase_pct: float | None = _method(None, "Share of the run in which tau rises.", "[0, 1]", auto="the method's")
     set: tuple[str, ...] = _method((), "Another knob of the method (see `methods`); can be repeated.", metavar="NAME=VALUE")
 
-    epochs: int | None = _optim(None, "Passes over the images.", "[1, inf)", auto="100")
+    epochs: int | None = _optim(None, "Passes over the images.", "[1, inf)", auto="100 to 800, by the images")
     batch_size: int | None = _optim(None, "Images in one forward pass, over all processes.", "[1, inf)", auto="64")
     grad_accum: int | None = _optim(None, "Forward passes in one step.", "[1, inf)", auto="1")
     max_lr: float | None = _optim(None, "Peak of the one-cycle learning rate.", "(0, inf)", auto="from the images a step")
@@ -225,6 +225,8 @@ def read_config(path: str, given: Mapping[str, Any]) -> dict[str, Any]:
         then = values.get(name, getattr(TrainConfig, name))
         if "paper" in (values.get("recipe"), given.get("recipe")) and given.get(name, then) != then:
             raise InputError(f"{flag(name)} {given[name]} contradicts --config {path}, which has {then}; give only one")
+    if given.get("method", method := values.get("method", TrainConfig.method)) != method:
+        values.pop("set", None)  # knobs of the other method
     if "model" in given:
         values = {name: value for name, value in values.items() if name not in (*SIZES, "image_size")}
     elif any(name in given for name in SIZES):

@@ -1,6 +1,6 @@
 """Everything before the first step: build a run or restore one, and say what it is going to do."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -194,7 +194,7 @@ def merged(stored: TrainConfig, typed: TrainConfig, given: Mapping[str, Any], pa
         value, old = getattr(typed, name), getattr(stored, name)
         if name in MAY_DIFFER or name in ("batch_size", "grad_accum") or value in (old, None, "auto"):
             continue
-        if name == "set" and set(value) <= set(old):
+        if name == "set" and values_by_name(value).items() <= values_by_name(old).items():
             continue  # the rest came from the recipe or the data
         if name == "epochs" and value > old:
             changes[name] = value
@@ -213,6 +213,11 @@ def merged(stored: TrainConfig, typed: TrainConfig, given: Mapping[str, Any], pa
         )
     changes |= {"checkpoint_out_dir": str(Path(path).parent), "resume_checkpoint": path}
     return replace(stored, **changes)
+
+
+def values_by_name(items: Sequence[str]) -> dict[str, str]:
+    """What `--set` says of each knob; of several the last, which counts."""
+    return {name: value for name, _, value in (item.partition("=") for item in items)}
 
 
 def slices(stored: TrainConfig, typed: TrainConfig, given: Mapping[str, Any]) -> dict[str, int]:

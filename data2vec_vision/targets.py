@@ -54,27 +54,32 @@ class PositionMean(nn.Module):
 
     mean: Tensor
     steps: Tensor
+    total: Tensor
+    passes: Tensor
 
     def __init__(self, n_patches: int, width: int):
         super().__init__()
         self.register_buffer("mean", torch.zeros(n_patches, width))
         self.register_buffer("steps", torch.zeros(()))
-        self._passes: list[Tensor] = []  # means [S, D] of this step's passes, which join `mean` after it
+        # The sum of the means of this step's passes, which join `mean` after it, and their number: tensors, since a
+        # compiled step would be compiled anew for each length of a list. A checkpoint lies between steps.
+        self.register_buffer("total", torch.zeros(n_patches, width), persistent=False)
+        self.register_buffer("passes", torch.zeros(()), persistent=False)
 
     def forward(self, y: Tensor) -> Tensor:
         """Targets of all places of some images, [B, S, D] -> the same shape."""
         if self.training:
-            self._passes.append(y.mean(dim=0))
+            self.total += y.mean(dim=0)
+            self.passes += 1
         return y - self.mean
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Takes up the means of the step's passes, over all processes."""
-        if not self._passes:
-            return
-        new = distributed.mean(torch.stack(self._passes).mean(dim=0)).to(self.mean.dtype)
-        self._passes = []
-        # A pass that was not finite must not spoil those to come.
+        new = distributed.mean(self.total / self.passes)
+        self.total.zero_()
+        self.passes.zero_()
+        # A pass that was not finite must not spoil those to come; nor a step without any.
         finite = new.isfinite().all()
         share = torch.where(finite, (1 / (self.steps + 1)).clamp(min=1 - self.MOMENTUM), 0.0)
         self.mean += share * (new.nan_to_num() - self.mean)

@@ -3,7 +3,9 @@
 Arguments, optimizer, rate and augmentation are those of that project's own benchmark scripts for ten classes of ImageNet
 (`benchmarks/imagenet10/*-vit-small.py`, June 2026); its rates, given for a batch size, are scaled by the root of the images a step, as
 ours are. The schedule is our one-cycle. Weight decay is of all parameters, as AdamW has it there. The teacher is
-updated after every step, by that project's cosine, over the whole run.
+updated after every step, by that project's cosine, over the whole run. What else differs from those scripts: bf16 instead of fp16, a rate
+that ends at nothing, and what is evaluated, which is the student with our method's pool, as it is of ours; there Data2Vec and MSN
+evaluate the teacher, and Data2Vec its class token, which has no loss.
 """
 
 from types import MappingProxyType

@@ -329,6 +329,9 @@ def test_a_knob_that_follows_from_the_data_is_said_and_stays_with_the_run(cli, r
     assert len(stored["method_state"]["prototypes.weight"]) == 64
     longer = ["--resume-checkpoint", "run/checkpoint_last.pt", "--epochs"]
     assert cli("train", *longer, 2, "--set", "head_dim=32")[0] == 0  # what was typed, without what followed
-    assert "--set n_prototypes=8 contradicts" in refused("train", *longer, 3, "--set", "n_prototypes=8")
+    doubled = [*longer, 3, "--set", "head_dim=16", "--set", "head_dim=32"]  # the last counts
+    assert "--set head_dim=16 contradicts" in refused("train", *doubled[:-2])
+    assert cli("train", *doubled)[0] == 0
+    assert "--set n_prototypes=8 contradicts" in refused("train", *longer, 4, "--set", "n_prototypes=8")
     code, out, _ = cli(*run, "--set", "n_prototypes=8", "--checkpoint-out-dir", "typed")
     assert code == 0 and "n_prototypes=64" not in out

@@ -123,6 +123,15 @@ def test_resolve_keeps_what_was_typed_and_leaves_nothing_on_auto():
                           "warmup_pct", "clip_grad", "eval_path", "wandb"} - set(FACTS.recipe)  # fmt: skip
 
 
+def test_another_method_takes_no_knobs_from_a_config_file(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(to_json(TrainConfig(input_path="x", method="data2vec2", set=("n_masks=2",))))
+    assert read_config(str(path), {})["set"] == ("n_masks=2",)
+    assert read_config(str(path), {"method": "data2vec2"})["set"] == ("n_masks=2",)
+    assert "set" not in read_config(str(path), {"method": "data2vec"})
+    assert read_config(str(path), {"method": "data2vec", "set": ("flip=0",)})["set"] == ("flip=0",)
+
+
 @pytest.mark.parametrize(
     ("n_images", "epochs"),
     [(1, 800), (500, 800), (2_500, 800), (5_000, 400), (9_500, 211), (20_000, 100), (50_000, 100), (10**7, 100)],

@@ -337,6 +337,21 @@ def test_a_compiled_step_is_compiled_once(name):
     assert counts[-1] == counts[3], counts
 
 
+@pytest.mark.parametrize("name", ["data2vec", "data2vec2"])
+def test_passes_of_a_step_are_not_compiled_one_by_one(name):
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    method, counter = make(name, torch.float32), CompileCounter()
+    forward = torch.compile(method, backend=counter)
+    views, masks = batch(method)
+    for step in range(3):
+        for _ in range(4):
+            forward(views, masks=masks).loss.backward()
+        method.after_step((step + 1) / 8)
+    assert counter.frame_count <= 2
+
+
 def test_reconstructions_are_of_images_that_the_masks_fit():
     method = make("mae", torch.float32)
     with pytest.raises(ValueError, match="images of 16 x 16 pixels"):
