@@ -295,7 +295,7 @@ def test_it_is_public_and_builds_from_a_name():
 
 
 def test_an_encoder_built_by_name_starts_as_maes():
-    """Fixed positions and Xavier's weights, with which data2vec begins to learn several times sooner."""
+    """Fixed positions and Xavier's weights, from which data2vec begins to learn sooner."""
     vit = d2v.Data2Vec("vit_tiny_patch16_224", image_size=64).student.vit
     assert not vit.pos_embed.requires_grad and vit.pos_embed[:, 1:].abs().mean() > 0.5
     weight = vit.blocks[0].mlp.fc1.weight
