@@ -36,7 +36,7 @@ def trained(clothes, monkeypatch, method, epochs, **settings):
 @pytest.mark.parametrize(
     ("method", "settings", "learns"),
     [
-        ("data2vec", FAST, True),
+        ("data2vec", FAST, False),  # a centred target takes longer
         ("data2vec2", FAST, True),
         ("ijepa", FAST, False),  # takes longer
         ("mae", FAST, False),
