@@ -10,8 +10,8 @@
 | 50,000 | 512 | 32 px | --small |
 
 A small encoder, so that it ends: 64 wide, 3 blocks, patches of a fourteenth, a twelfth and an eighth of the side; on the last set,
-for the same reason, of a quarter. All else is what `train` takes by default for a run of 300 steps: a whole one, its warm-up, the teacher's rise and two masks of data2vec 2.0 included. Prints a
-row a run: the verdict, RankMe of the embeddings at the first reading and the last, and how much of the targets
+for the same reason, of a quarter. All else is what `train` takes by default for a run of 300 steps: a whole one, its warm-up, the
+teacher's rise and two masks of data2vec 2.0 included. Prints a row a run: the verdict, RankMe of the embeddings at the first reading and the last, and how much of the targets
 differs between images at one place.
 """
 

@@ -100,8 +100,8 @@ def steps_that_fit(config: TrainConfig, seconds: float) -> int:
     return steps
 
 
-def train(config: TrainConfig, steps: int | None) -> tuple[Trained, Job]:
-    """A run as `train` has it, of so many steps if given."""
+def train(config: TrainConfig, steps: int) -> tuple[Trained, Job]:
+    """A run as `train` has it, of so many steps."""
     job = prepare(config, steps)
     folder = RunFolder(job.folder)
     folder.open(job.config, 0)
@@ -258,6 +258,8 @@ def main() -> None:
         parser.error("--minutes and --epochs must be more than 0")
     if unknown := {option.partition("=")[0] for option in args.option} - set(fields()):
         parser.error(f"train has no option named {', '.join(sorted(unknown))}")
+    if alone := [m for m in args.methods if args.peer and not (PEERS / f"peer_{m}.py").exists()]:
+        parser.error(f"stable-pretraining has no {', '.join(alone)}; leave out --peer")
     if args.keep and (args.peer or len(args.methods) * len(args.seeds) > 1) and not args.one:
         parser.error("--keep takes the encoder of one run: give one method and one seed, without --peer")
     if not args.one:

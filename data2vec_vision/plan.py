@@ -141,7 +141,7 @@ def prepare(config: TrainConfig, steps: int | None = None) -> Job:
 
 def with_derived(config: TrainConfig, method_class: type[Method], facts: Facts) -> tuple[TrainConfig, dict[str, str]]:
     """`config` with the knobs that the method derives from the data, but for those typed; and the reasons."""
-    typed = {item.partition("=")[0] for item in config.set}
+    typed = values_by_name(config.set)
     found = {name: value for name, value in method_class.derived(facts).items() if name not in typed}
     added = tuple(f"{name}={as_typed(value)}" for name, (value, _) in found.items())
     return replace(config, set=(*config.set, *added)), {name: why for name, (_, why) in found.items()}

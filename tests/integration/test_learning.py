@@ -63,3 +63,5 @@ def test_a_row_a_seed_and_a_table_with_their_spread(classes):
 def test_what_is_missing_is_said(classes):
     run = learn("mae", "--train", classes / "train", "--test", classes / "test")
     assert run.returncode == 2 and "--minutes or --epochs" in run.stderr
+    run = learn("data2vec2", "--train", classes / "train", "--test", classes / "test", "--epochs", 1, "--peer")
+    assert run.returncode == 2 and "stable-pretraining has no data2vec2; leave out --peer" in run.stderr
