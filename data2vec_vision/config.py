@@ -272,6 +272,7 @@ class Facts:
     flops: float = 0.0  # of the encoder's forward pass over one image
     compiler: bool = False  # whether there is one for torch.compile on the device
     steps: int | None = None  # of the run, where they are not those of its epochs
+    pretrained: bool = False  # whether the encoder has trained weights
 
 
 def steps_per_epoch(config: TrainConfig, n_images: int) -> int:

@@ -33,6 +33,11 @@ def unpatchify(sequence: Tensor, patch_size: int, grid: tuple[int, int]) -> Tens
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(B, -1, rows * P, columns * P)
 
 
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the pixels of each patch, [..., C*P*P] -> [..., 1] each (MAE's official code)."""
+    return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+
+
 def take(tokens: Tensor, index: Tensor) -> Tensor:
     """The tokens at `index`: [B, S, D] and [B, K] with indices in [0, S) -> [B, K, D]."""
     return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))

@@ -125,6 +125,7 @@ def prepare(config: TrainConfig, steps: int | None = None) -> Job:
             flops=forward_flops(vit.patch_embed.num_patches, vit.embed_dim, len(vit.blocks)),
             compiler=has_compiler(),
             steps=steps,
+            pretrained=bool(config.init or config.pretrained),
         )
         config, reasons = resolve(config, facts)
         check(config)

@@ -16,21 +16,19 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from data2vec_vision.ema import frozen_copy
-from data2vec_vision.errors import InputError
 from data2vec_vision.knobs import knob
 from data2vec_vision.masking import MaskSampler, block_mask, share
-from data2vec_vision.methods.base import Method, Output
+from data2vec_vision.methods.base import Output
+from data2vec_vision.methods.contextual import Contextual
 from data2vec_vision.patches import take
 from data2vec_vision.recipes import VIT_B, PaperRecipe
-from data2vec_vision.targets import PositionMean, at_least_fp32, layer_norm, mean_of_blocks, target_health
+from data2vec_vision.targets import at_least_fp32, target_health
 from data2vec_vision.transforms import Views, ViewTransform, augmentation
-from data2vec_vision.vit import has_separate_ffn, initialize_as_mae
+from data2vec_vision.vit import initialize_as_mae
 
 
 @dataclass(frozen=True)
@@ -44,11 +42,11 @@ class BlockMasks:
         return {"query": block_mask(self.grid, self.n_masked, generator)}
 
 
-class Data2Vec(Method):
+class Data2Vec(Contextual):
     """data2vec (Baevski et al. 2022): predict, at hidden patches, what a slow copy makes of the whole image."""
 
     @dataclass(frozen=True)
-    class Config(Method.Config):
+    class Config(Contextual.Config):
         top_k_blocks: int | None = knob(
             None, "how many of the last blocks are averaged into the target; none: all", "[1, inf)", "6 of 12", "k"
         )
@@ -61,7 +59,6 @@ class Data2Vec(Method):
         )
         target_output: Literal["ffn", "block"] = knob("ffn", "the state of a block that is predicted", paper="block")
         target_norm: Literal["instance", "layer"] = knob("instance", "norm of each block's state", paper="layer")
-        center: bool = knob(True, "take from the target what a patch's place alone tells", paper="false")
         crop_min: float = knob(0.2, "smallest share of the image that a crop keeps", "(0, 1]", "0.08")
         color_jitter: float = knob(0.4, "strength of the colour jitter", "[0, 1]", "0.4")
         flip: float = knob(0.5, "probability of a mirror image", "[0, 1]", "0.5")
@@ -76,7 +73,8 @@ class Data2Vec(Method):
             beta=2.0, mask_erase_pct=0.61, tau_initial=0.9998, tau_end=0.9998, tau_increase_pct=0.0
         ),
         knobs=dict(
-            target_output="block", target_norm="layer", center=False, crop_min=0.08, color_jitter=0.4, flip=0.5
+            target_output="block", target_norm="layer", center=False, pixel_pct=0.0, crop_min=0.08, color_jitter=0.4,
+            flip=0.5
         ),
         notes=(
             "Of the paper but not here: relative positions shared by all layers, layer scale, drop path of 0.25, "
@@ -88,17 +86,10 @@ class Data2Vec(Method):
     mask_token = True
 
     def build(self) -> None:
-        self.top_blocks = self.student.top_blocks(self.config.top_k_blocks)
-        if self.config.target_output == "ffn" and not has_separate_ffn(self.student.vit):
-            raise InputError(
-                "the blocks of this encoder have no separate feed-forward network; use --set target_output=block"
-            )
-        self.n_masked = share(self.config.mask_ratio, self.student.n_patches)
-        self.regressor = nn.Linear(self.student.embed_dim, self.student.embed_dim)
-        self.teacher = frozen_copy(self.student)
-        self.position_mean = (
-            PositionMean(self.student.n_patches, self.student.embed_dim) if self.config.center else None
-        )
+        c, student = self.config, self.student
+        self.n_masked = share(c.mask_ratio, student.n_patches)
+        self.regressor = nn.Linear(student.embed_dim, student.embed_dim)
+        self.build_target(c.top_k_blocks, c.target_output, c.target_norm)
 
     @staticmethod
     def initialize(vit: VisionTransformer) -> None:
@@ -109,7 +100,7 @@ class Data2Vec(Method):
         state = "feed-forward outputs" if c.target_output == "ffn" else "outputs"
         return (
             f"1 view an image, {self.n_masked} of {S} patches hidden in blocks; the target is the {state} "
-            f"of the top {len(self.top_blocks)} of {self.student.depth} blocks, {c.target_norm} norm"
+            f"of the top {len(self.top_blocks)} of {self.student.depth} blocks, {c.target_norm} norm{self.beginning}"
         )
 
     def views(self) -> ViewTransform:
@@ -120,28 +111,10 @@ class Data2Vec(Method):
         return BlockMasks(self.student.grid, self.n_masked)
 
     def training_step(self, views: list[Tensor], masks: dict[str, Tensor]) -> Output:
-        target = self.target(views[0], masks["query"])
+        target = take(self.target(views[0]), masks["query"])
         encoded = self.student.encode(views[0], query=masks["query"])
         prediction = at_least_fp32(self.regressor(take(encoded.tokens, masks["query"])))
         loss = F.smooth_l1_loss(prediction, target, beta=self.config.beta)
         embedding = encoded.tokens.detach().mean(dim=1)
         extras = {"prediction": prediction, "target": target, **masks}
         return Output(loss, embedding, target_health(target, prediction), extras)
-
-    @torch.no_grad()
-    def target(self, images: Tensor, query: Tensor) -> Tensor:
-        """y = LN((1 / K) sum over the top K blocks of norm(h) - m), of the unmasked images, at the hidden patches.
-
-        m is what the sum has at a place on average over images, zero without `center`.
-        images [B, 3, H, W], query [B, Q] -> [B, Q, D] in at least fp32.
-        """
-        hidden = self.teacher.encode(images, hidden=self.top_blocks, output=self.config.target_output).hidden
-        y = mean_of_blocks(hidden, self.config.target_norm)
-        if self.position_mean is not None:
-            y = self.position_mean(y)
-        return layer_norm(take(y, query))
-
-    def after_step(self, progress: float) -> None:
-        super().after_step(progress)
-        if self.position_mean is not None:
-            self.position_mean.after_step()

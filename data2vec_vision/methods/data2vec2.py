@@ -25,16 +25,15 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from data2vec_vision.config import Facts
-from data2vec_vision.ema import frozen_copy
-from data2vec_vision.errors import InputError
 from data2vec_vision.knobs import knob
 from data2vec_vision.masking import MaskSampler, inverse_block_mask, others, share
-from data2vec_vision.methods.base import Method, Output
+from data2vec_vision.methods.base import Output
+from data2vec_vision.methods.contextual import Contextual
 from data2vec_vision.patches import take
 from data2vec_vision.recipes import VIT_B, PaperRecipe
-from data2vec_vision.targets import PositionMean, at_least_fp32, layer_norm, mean_of_blocks, target_health
+from data2vec_vision.targets import at_least_fp32, layer_norm, target_health
 from data2vec_vision.transforms import Views, ViewTransform, augmentation
-from data2vec_vision.vit import fix_position, has_separate_ffn, run_block
+from data2vec_vision.vit import fix_position, run_block
 
 LARGE_GRID = 12  # patches a side; below it single patches are kept, which did better on 8 x 8
 SHORT_RUN = 5000  # steps, below which fewer masks, and so more steps in the same time, get further
@@ -88,11 +87,11 @@ def _convolve(layer: nn.Module, x: Tensor) -> Tensor:
     return x + y if x.shape == y.shape else y
 
 
-class Data2Vec2(Method):
+class Data2Vec2(Contextual):
     """data2vec 2.0 (Baevski et al. 2023): data2vec for several masks at once; it encodes what they leave."""
 
     @dataclass(frozen=True)
-    class Config(Method.Config):
+    class Config(Contextual.Config):
         top_k_blocks: int | None = knob(
             None, "how many of the last blocks are averaged into the target; none: all", "[1, inf)", "10 of 12", "k"
         )
@@ -107,7 +106,6 @@ class Data2Vec2(Method):
             None, "convolutions of the decoder; none: 6, or 3 below 12 patches a side", "[1, inf)", "6"
         )
         decoder_kernel: Literal[3, 5, 7] = knob(3, "side of a convolution's kernel", paper="3")
-        center: bool = knob(True, "take from the target what a patch's place alone tells", paper="false")
         class_token_weight: float = knob(
             0.0, "weight of the class token's loss", "[0, inf)", "2.56, 0.01 a mask of 16 x 16"
         )
@@ -130,7 +128,7 @@ class Data2Vec2(Method):
         ),
         knobs=dict(
             n_masks=16, mask_adjust=0.07, block_size=3, decoder_dim=768, decoder_depth=6, decoder_kernel=3,
-            center=False, class_token_weight=2.56, crop_min=0.2, flip=0.5
+            center=False, pixel_pct=0.0, class_token_weight=2.56, crop_min=0.2, flip=0.5
         ),
         notes=(
             "Of the paper but not here: blocks with the norm after them, a norm before the first, and a linear "
@@ -142,13 +140,11 @@ class Data2Vec2(Method):
 
     @classmethod
     def derived(cls, facts: Facts) -> dict[str, tuple[Any, str]]:
-        return {"n_masks": (2, f"in only {facts.steps:,} steps")} if 0 < (facts.steps or 0) < SHORT_RUN else {}
+        short = 0 < (facts.steps or 0) < SHORT_RUN
+        return super().derived(facts) | ({"n_masks": (2, f"in only {facts.steps:,} steps")} if short else {})
 
     def build(self) -> None:
         c, student = self.config, self.student
-        self.top_blocks = student.top_blocks(c.top_k_blocks)
-        if not has_separate_ffn(student.vit):
-            raise InputError("the blocks of this encoder have no separate feed-forward network; use another --model")
         self.n_keep = student.n_patches - share(c.mask_ratio, student.n_patches)
         D = student.embed_dim
         W = c.decoder_dim or D
@@ -156,8 +152,7 @@ class Data2Vec2(Method):
         self.block_size = c.block_size or (3 if large else 1)
         self.decoder = ConvDecoder(student.grid, D, W, c.decoder_depth or (6 if large else 3), c.decoder_kernel)
         self.regressor = nn.Linear(W, D)
-        self.teacher = frozen_copy(self.student)
-        self.position_mean = PositionMean(student.n_patches, D) if c.center else None
+        self.build_target(c.top_k_blocks, "ffn", "instance")
 
     @staticmethod
     def initialize(vit: VisionTransformer) -> None:
@@ -168,6 +163,7 @@ class Data2Vec2(Method):
         return (
             f"1 view and {self.config.n_masks} masks an image, {self.n_keep} of {self.student.n_patches} patches seen; "
             f"the target is the feed-forward outputs of the top {len(self.top_blocks)} of {self.student.depth} blocks"
+            f"{self.beginning}"
         )
 
     def views(self) -> ViewTransform:
@@ -198,21 +194,6 @@ class Data2Vec2(Method):
         embedding = encoded.tokens.detach().mean(dim=1).view(B, M, -1).mean(dim=1)
         extras = {"prediction": prediction, "target": hidden_target, "keep": keep, "query": query}
         return Output(loss, embedding, logs, extras)
-
-    @torch.no_grad()
-    def target(self, images: Tensor) -> Tensor:
-        """y = LN((1 / T) sum over the top T blocks of IN(f) - m), f a block's feed-forward output: [B, S, D].
-
-        m is what the sum has at a place on average over images, zero without `center`.
-        """
-        hidden = self.teacher.encode(images, hidden=self.top_blocks, output="ffn").hidden
-        y = mean_of_blocks(hidden, "instance")
-        return layer_norm(y if self.position_mean is None else self.position_mean(y))
-
-    def after_step(self, progress: float) -> None:
-        super().after_step(progress)
-        if self.position_mean is not None:
-            self.position_mean.after_step()
 
     def decode(self, tokens: Tensor, keep: Tensor, query: Tensor, noise: Tensor | None = None) -> Tensor:
         """Visible tokens [R, K, D] at keep [R, K] -> predictions [R, Q, D] at query [R, Q], in at least fp32.

@@ -23,7 +23,7 @@ from data2vec_vision.decoder import MaskedVisionTransformerDecoder
 from data2vec_vision.knobs import knob
 from data2vec_vision.masking import MaskSampler, others, random_keep, share
 from data2vec_vision.methods.base import Method, Output
-from data2vec_vision.patches import patchify, take, unpatchify
+from data2vec_vision.patches import patch_statistics, patchify, take, unpatchify
 from data2vec_vision.pictures import grid, masked
 from data2vec_vision.recipes import VIT_B, PaperRecipe
 from data2vec_vision.targets import at_least_fp32, target_health
@@ -130,13 +130,8 @@ class MAE(Method):
         patches = at_least_fp32(patchify(images, self.student.patch_size) if images.dim() == 4 else images)
         if not self.config.norm_pix:
             return patches
-        mean, deviation = self._patch_statistics(patches)
+        mean, deviation = patch_statistics(patches)
         return (patches - mean) / deviation
-
-    @staticmethod
-    def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of each patch, [B, S, 1] each, as the official code has them."""
-        return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, masks: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -150,7 +145,7 @@ class MAE(Method):
         prediction = self.decode(encoded.prefix, encoded.tokens, masks)
         patches = at_least_fp32(patchify(images, self.student.patch_size))
         if self.config.norm_pix:
-            mean, deviation = (take(s, masks["query"]) for s in self._patch_statistics(patches))
+            mean, deviation = (take(s, masks["query"]) for s in patch_statistics(patches))
             prediction = prediction * deviation + mean
         index = masks["query"].unsqueeze(-1).expand_as(prediction)
         patches = patches.scatter(1, index, prediction.to(patches.dtype))

@@ -427,5 +427,5 @@ def test_on_a_small_grid_single_patches_are_kept_and_the_decoder_is_shallow(side
 
 def test_short_runs_have_fewer_masks():
     facts = Facts(n_images=50_000, image_size=32, depth=6, recipe={}, device="cpu", native_bf16=True, cores=2)
-    assert Data2Vec2.derived(replace(facts, steps=4_999)) == {"n_masks": (2, "in only 4,999 steps")}
-    assert Data2Vec2.derived(replace(facts, steps=5_000)) == Data2Vec2.derived(facts) == {}
+    assert Data2Vec2.derived(replace(facts, steps=4_999))["n_masks"] == (2, "in only 4,999 steps")
+    assert "n_masks" not in Data2Vec2.derived(replace(facts, steps=5_000)) | Data2Vec2.derived(facts)

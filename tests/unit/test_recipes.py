@@ -27,13 +27,13 @@ PAPERS = {
     "data2vec": (
         {"epochs": 800, "batch_size": 2048, "max_lr": 0.002, "warmup_pct": 10 / 800, "weight_decay": 0.05, "clip_grad": 3},
         {"top_k_blocks": 6, "mask_ratio": 0.61, "beta": 2, "tau_initial": 0.9998, "tau_end": 0.9998, "tau_increase_pct": 0,
-         "target_output": "block", "target_norm": "layer", "center": False, "crop_min": 0.08, "color_jitter": 0.4, "flip": 0.5},
+         "target_output": "block", "target_norm": "layer", "center": False, "pixel_pct": 0.0, "crop_min": 0.08, "color_jitter": 0.4, "flip": 0.5},
         (0.9, 0.999),
     ),
     "data2vec2": (
         {"epochs": 75, "batch_size": 256, "max_lr": 0.001, "warmup_pct": 10 / 75, "weight_decay": 0.05, "clip_grad": 4},
         {"top_k_blocks": 10, "mask_ratio": 0.8, "n_masks": 16, "mask_adjust": 0.07, "block_size": 3, "decoder_dim": 768,
-         "decoder_depth": 6, "decoder_kernel": 3, "center": False, "class_token_weight": 0.01 * 16 * 16, "tau_initial": 0.9998,
+         "decoder_depth": 6, "decoder_kernel": 3, "center": False, "pixel_pct": 0.0, "class_token_weight": 0.01 * 16 * 16, "tau_initial": 0.9998,
          "tau_end": 0.99999, "tau_increase_pct": 100_000 / 375_300, "crop_min": 0.2, "flip": 0.5},
         (0.9, 0.95),
     ),
