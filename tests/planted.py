@@ -887,6 +887,18 @@ DEFECTS = [
      UNIT + "config.py::test_another_method_takes_no_knobs_from_a_config_file"),
     ("of a knob typed twice any counts on resume", "plan.py", "if name == \"set\" and values_by_name(value).items() <= values_by_name(old).items():",
      "if name == \"set\" and set(value) <= set(old):", RUN + "resume.py::test_a_knob_that_follows_from_the_data_is_said_and_stays_with_the_run"),
+    ("the teacher stands still while the target is pixels", "methods/latent.py", 'return {"tau": 0.0}', 'return {"tau": 1.0}',
+     UNIT + "latent.py::test_a_run_begins_with_pixels_and_goes_on_with_a_teacher_that_has_seen_images"),
+    ("tau rises while the target is pixels", "methods/latent.py", "max(0.0, (progress - pct) / (1 - pct))", "progress",
+     UNIT + "latent.py::test_a_run_begins_with_pixels_and_goes_on_with_a_teacher_that_has_seen_images"),
+    ("a resumed run begins with pixels again", "methods/latent.py", "self.on_pixels = bool(state)", "pass",
+     UNIT + "latent.py::test_a_saved_run_goes_on_exactly_before_at_and_after_the_change"),
+    ("pixels of a wide encoder have less than unit variance", "methods/latent.py", "gain=max(width / n_pixels, 1) ** 0.5",
+     "gain=1", UNIT + "latent.py::test_the_squared_error_of_a_pixel_target_is_that_of_the_pixels"),
+    ("the first pixels come back with every step", "methods/latent.py", "self.on_pixels = progress < self.config.pixel_pct",
+     "pass", UNIT + "latent.py::test_a_run_begins_with_pixels_and_goes_on_with_a_teacher_that_has_seen_images"),
+    ("a trained encoder begins with pixels", "methods/latent.py", "return {} if facts.pretrained else", "return",
+     UNIT + "latent.py::test_pixels_come_first_unless_the_encoder_is_trained"),
 ]  # fmt: skip
 
 

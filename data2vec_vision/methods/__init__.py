@@ -23,7 +23,7 @@ _files: set[str] = set()  # the modules that are files of the user's
 
 def names() -> list[str]:
     """The methods that come with the package."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in ("base", "contextual"))
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in ("base", "latent"))
 
 
 def find(name: str) -> type[Method]:

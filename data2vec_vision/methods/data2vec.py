@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from data2vec_vision.knobs import knob
 from data2vec_vision.masking import MaskSampler, block_mask, share
 from data2vec_vision.methods.base import Output
-from data2vec_vision.methods.contextual import Contextual
+from data2vec_vision.methods.latent import MeanOfBlocks
 from data2vec_vision.patches import take
 from data2vec_vision.recipes import VIT_B, PaperRecipe
 from data2vec_vision.targets import at_least_fp32, target_health
@@ -42,11 +42,11 @@ class BlockMasks:
         return {"query": block_mask(self.grid, self.n_masked, generator)}
 
 
-class Data2Vec(Contextual):
+class Data2Vec(MeanOfBlocks):
     """data2vec (Baevski et al. 2022): predict, at hidden patches, what a slow copy makes of the whole image."""
 
     @dataclass(frozen=True)
-    class Config(Contextual.Config):
+    class Config(MeanOfBlocks.Config):
         top_k_blocks: int | None = knob(
             None, "how many of the last blocks are averaged into the target; none: all", "[1, inf)", "6 of 12", "k"
         )
@@ -90,6 +90,10 @@ class Data2Vec(Contextual):
         self.n_masked = share(c.mask_ratio, student.n_patches)
         self.regressor = nn.Linear(student.embed_dim, student.embed_dim)
         self.build_target(c.top_k_blocks, c.target_output, c.target_norm)
+
+    @property
+    def prediction_head(self) -> nn.Linear:
+        return self.regressor
 
     @staticmethod
     def initialize(vit: VisionTransformer) -> None:

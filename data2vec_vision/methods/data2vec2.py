@@ -28,12 +28,12 @@ from data2vec_vision.config import Facts
 from data2vec_vision.knobs import knob
 from data2vec_vision.masking import MaskSampler, inverse_block_mask, others, share
 from data2vec_vision.methods.base import Output
-from data2vec_vision.methods.contextual import Contextual
+from data2vec_vision.methods.latent import MeanOfBlocks
 from data2vec_vision.patches import take
 from data2vec_vision.recipes import VIT_B, PaperRecipe
 from data2vec_vision.targets import at_least_fp32, layer_norm, target_health
 from data2vec_vision.transforms import Views, ViewTransform, augmentation
-from data2vec_vision.vit import fix_position, run_block
+from data2vec_vision.vit import initialize_as_mae, run_block
 
 LARGE_GRID = 12  # patches a side; below it single patches are kept, which did better on 8 x 8
 SHORT_RUN = 5000  # steps, below which fewer masks, and so more steps in the same time, get further
@@ -87,11 +87,11 @@ def _convolve(layer: nn.Module, x: Tensor) -> Tensor:
     return x + y if x.shape == y.shape else y
 
 
-class Data2Vec2(Contextual):
+class Data2Vec2(MeanOfBlocks):
     """data2vec 2.0 (Baevski et al. 2023): data2vec for several masks at once; it encodes what they leave."""
 
     @dataclass(frozen=True)
-    class Config(Contextual.Config):
+    class Config(MeanOfBlocks.Config):
         top_k_blocks: int | None = knob(
             None, "how many of the last blocks are averaged into the target; none: all", "[1, inf)", "10 of 12", "k"
         )
@@ -154,10 +154,13 @@ class Data2Vec2(Contextual):
         self.regressor = nn.Linear(W, D)
         self.build_target(c.top_k_blocks, "ffn", "instance")
 
+    @property
+    def prediction_head(self) -> nn.Linear:
+        return self.regressor
+
     @staticmethod
     def initialize(vit: VisionTransformer) -> None:
-        fix_position(vit)
-        nn.init.xavier_uniform_(vit.patch_embed.proj.weight.flatten(1))
+        initialize_as_mae(vit)
 
     def describe(self) -> str:
         return (

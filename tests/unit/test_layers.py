@@ -38,7 +38,7 @@ MODELS_AND_DATA = [
 ]
 METHOD_NAMES = ["data2vec", "data2vec2", "ijepa", "mae", "msn", "swav"]
 SAMPLES = ["samples", "samples.make"]
-METHODS = ["methods.base", "methods.contextual", *(f"methods.{name}" for name in METHOD_NAMES), "methods"]
+METHODS = ["methods.base", "methods.latent", *(f"methods.{name}" for name in METHOD_NAMES), "methods"]
 JOBS = [
     "run",
     "labels",
@@ -118,7 +118,7 @@ def test_the_ground_imports_nothing_but_errors_and_distributed():
 
 
 def test_a_method_imports_no_other_method():
-    methods = {name for name in FILES if name.startswith("methods.")} - {"methods.base", "methods.contextual"}
+    methods = {name for name in FILES if name.startswith("methods.")} - {"methods.base", "methods.latent"}
     assert [(m, other) for m in methods for other in imports(FILES[m]) if other in methods | set(JOBS)] == []
 
 
