@@ -7,10 +7,10 @@ Q hidden, D width of the encoder, W of the decoder, T blocks in the target.
 What differs from the published code: the blocks are timm's, with the norm first, so that timm's models and
 their weights can be used; the final norm therefore precedes the decoder, there is no norm before the blocks, and
 none of the blocks is left out of the target. The decoder's noise is the same for all images of a step, so that
-slicing a step changes nothing. Three defaults are for small data, each measured in benchmarks/RESULTS.md: targets
-lose their mean at each place (`center`); of a small grid single patches are kept instead of blocks; and the class
-token has no loss (its target, a mean over patches after an instance norm, is next to nothing, and its loss
-outweighed the patches').
+slicing a step changes nothing. Some defaults are for small data, each measured in benchmarks/RESULTS.md: runs
+begin with pixels (latent.py) and with MAE's first weights; targets lose their mean at each place (`center`); of a
+small grid single patches are kept instead of blocks; and the class token has no loss (its target, a mean over
+patches after an instance norm, is next to nothing, and its loss outweighed the patches').
 """
 
 import math
@@ -132,8 +132,8 @@ class Data2Vec2(MeanOfBlocks):
         ),
         notes=(
             "Of the paper but not here: blocks with the norm after them, a norm before the first, and a linear "
-            "warm-up with a cosine, where ours is one-cycle. The length is the configuration's, 375,300 updates of "
-            "256 images."
+            "warm-up with a cosine, where ours is one-cycle. First weights are MAE's. The length is the "
+            "configuration's, 375,300 updates of 256 images."
         ),
     )  # fmt: skip
     betas = (0.9, 0.95)

@@ -5,7 +5,8 @@ section 3. Shapes: B batch, S patches, K context patches, M target blocks, Q pat
 the encoder, W of the predictor.
 
 What differs from the published code: the sampler's biases are mended (`multiblock` says which;
-`official_sampler=true` has them back), and the context has the same size whatever the batch.
+`official_sampler=true` has them back), the context has the same size whatever the batch, and `train` begins with
+pixels (latent.py).
 """
 
 from dataclasses import dataclass

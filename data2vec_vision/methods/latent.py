@@ -5,9 +5,9 @@ data2vec, data2vec 2.0 and I-JEPA predict such targets. Shapes: B batch, C chann
 Of our own is how a run begins. What an untrained teacher says of a patch is little, and the student that learns it
 becomes a teacher hardly better. So the first `pixel_pct` of a run predict the pixels of the hidden patches, as MAE
 does, and spend no time on the teacher, which takes the student's weights after each of these steps; the run goes on
-from there as the papers have it, with a head of zeros. A student whose teacher has seen images gets further in the same time
-(benchmarks/RESULTS.md). Teachers that were trained on pixels first, or on an earlier teacher, are those of dBOT (Liu
-et al. 2024, "Exploring Target Representations for Masked Autoencoders").
+from there as the papers have it, with a head of zeros. A student whose teacher has seen images gets further in the
+same time (benchmarks/RESULTS.md). Teachers that were trained on pixels first, or on an earlier teacher, are those of
+dBOT (Liu et al. 2024, "Exploring Target Representations for Masked Autoencoders").
 """
 
 from dataclasses import dataclass

@@ -295,9 +295,10 @@ def test_it_is_public_and_builds_from_a_name():
     assert method.student.grid == (2, 2) and method(torch.randn(1, 3, 32, 32)).loss.requires_grad
 
 
-def test_an_encoder_built_by_name_starts_as_maes():
+@pytest.mark.parametrize("kind", [d2v.Data2Vec, d2v.Data2Vec2])
+def test_an_encoder_built_by_name_starts_as_maes(kind):
     """Fixed positions and Xavier's weights, from which data2vec begins to learn sooner."""
-    vit = d2v.Data2Vec("vit_tiny_patch16_224", image_size=64).student.vit
+    vit = kind("vit_tiny_patch16_224", image_size=64).student.vit
     assert not vit.pos_embed.requires_grad and vit.pos_embed[:, 1:].abs().mean() > 0.5
     weight = vit.blocks[0].mlp.fc1.weight
     bound = (6 / (192 + 768)) ** 0.5

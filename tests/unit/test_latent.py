@@ -93,10 +93,12 @@ def test_a_run_begins_with_pixels_and_goes_on_with_a_teacher_that_has_seen_image
     first = steps(method, 0, 2)  # of 8: a quarter
     assert calls == [], "a pass of the teacher that nothing needs"
     assert same(method.teacher, method.student) and not same(method.teacher, untrained)
+    assert not method.prediction_head.weight.any() and not method.prediction_head.bias.any()
     student, centre = copy.deepcopy(method.student), getattr(method, "position_mean", None)
     assert centre is None or not (centre.steps or centre.mean.any())  # a mean of pixels is not the latents'
     later = steps(method, 2, 8)
     assert [on for _, on, _ in first + later] == [True] * 2 + [False] * 6
+    assert method.prediction_head.weight.any() and method.prediction_head.out_features == 32
     assert len(calls) == 6 and (centre is None or centre.steps == 6)
     assert not same(method.teacher, method.student) and not same(method.teacher, student)
     torch.testing.assert_close(method.target(x), method.latent(x))
