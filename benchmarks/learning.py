@@ -56,7 +56,7 @@ class Trained:
     cpu_seconds: float
     wall_seconds: float
     encoder: Path  # a student file
-    record: dict[str, Any]  # the last line of the log
+    record: dict[str, Any]  # the log's last value of each figure
 
 
 def configuration(args: argparse.Namespace, method: str, out: str) -> TrainConfig:
@@ -112,7 +112,8 @@ def train(config: TrainConfig, steps: int) -> tuple[Trained, Job]:
     folder.close()
     path = folder.path / "student.pt"
     checkpoint.save_encoder(job.method.student, path, config.method, config=vars(job.config), step=0, epoch=0)
-    record = json.loads((folder.path / "metrics.jsonl").read_text().splitlines()[-1])
+    lines = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+    record = {name: value for line in lines for name, value in line.items() if value is not None}  # the last of each
     return Trained(job.schedule.total_steps, cpu, wall, path, record), job
 
 
