@@ -88,6 +88,7 @@ def steps_that_fit(config: TrainConfig, seconds: float) -> int:
     steps = TIMED.stop
     for _ in range(3):
         job = prepare(config, steps)
+        job.method.skip_beginning()
         knobs, start = job.config.set, 0.0
         for step in training_steps(job, *optimizer_and_scaler(job)):
             if step.number == TIMED.start:

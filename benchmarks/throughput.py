@@ -150,6 +150,7 @@ def with_input(name: str, model: str, args: argparse.Namespace) -> str:
         config = TrainConfig(args.images, method=name, model=model, batch_size=args.batch_size, precision=args.precision,
                              device=args.device, compile=args.compile, epochs=10**4, checkpoint_out_dir=folder)  # fmt: skip
         job = prepare(config)
+        job.method.skip_beginning()
         waited, count, start = 0.0, 0, 0.0
         for step in training_steps(job, *optimizer_and_scaler(job)):
             if step.number > 3:

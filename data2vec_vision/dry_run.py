@@ -74,6 +74,7 @@ def seconds_to_load(job: Job) -> float:
 def seconds_to_compute(job: Job) -> float:
     """Seconds of one step without its data, measured on a copy of the run that loads in this process."""
     first = job.first_step
+    job.method.skip_beginning()
     short = dataclasses.replace(job, config=dataclasses.replace(job.config, workers=0))
     optimizer, scaler = optimizer_and_scaler(short)
     start, seconds = time.perf_counter(), 0.0

@@ -47,6 +47,8 @@ class Step:
     bad: dict[int, str]  # unreadable images met
     waited: float  # seconds spent waiting for data
     health: dict[str, Tensor]  # sums, see monitor.health_sums
+    phase: str  # of the method, in this step
+    scheduled: dict[str, float]  # what the method changes in the course of a run, in this step
 
 
 def training_steps(job: Job, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> Iterator[Step]:
@@ -60,7 +62,7 @@ def training_steps(job: Job, optimizer: torch.optim.Optimizer, scaler: torch.amp
     batches = iter(loader(job))
     method.train()
     for step in range(job.first_step, schedule.total_steps):
-        lr = schedule.lr(step)
+        lr, phase = schedule.lr(step), method.phase
         for group in optimizer.param_groups:
             group["lr"] = lr
             if group["weight_decay"]:
@@ -92,8 +94,10 @@ def training_steps(job: Job, optimizer: torch.optim.Optimizer, scaler: torch.amp
         progress = schedule.progress(step + 1)
         method.before_step(progress)
         norm, skipped = clip_and_step(optimizer, scaler, method, config.clip_grad)
+        scheduled = method.scheduled(progress)
         method.after_step(progress)
-        yield Step(step + 1, lr, {**logs.values, "grad_norm": norm}, skipped, bad, waited, sums)
+        values = {**logs.values, "grad_norm": norm}
+        yield Step(step + 1, lr, values, skipped, bad, waited, sums, phase, scheduled)
 
 
 def to_device(value: Tensor, device: torch.device) -> Tensor:
@@ -170,7 +174,7 @@ def watch(job: Job, folder: RunFolder, onlooker: Onlooker) -> None:
     window, progress = Window(job), Progress(job.first_step, total)
     onlooker.start()
     bad_files = BadFiles(job.source, folder.path, resumed=job.restored is not None)
-    saved = time.monotonic()
+    saved, estimate_at = time.monotonic(), job.first_step + ESTIMATE_AFTER
     with caught_signals() as signals, contextlib.closing(progress):
         for step in training_steps(job, optimizer, scaler):
             left = progress.step(step.number)
@@ -186,8 +190,11 @@ def watch(job: Job, folder: RunFolder, onlooker: Onlooker) -> None:
                 record |= {"bad_files": len(bad_files), **window.read_health(step.number)}
                 onlooker.log(record)
                 progress.show(record, left)
-            if step.number == job.first_step + ESTIMATE_AFTER and step.number < total:
+            if step.number == estimate_at and step.number < total:
                 say(estimate(job, left))
+            if job.method.phase != step.phase:  # the steps to come take another time, and mean something else
+                estimate_at = step.number + ESTIMATE_AFTER
+                window.drop_health()
             stop = distributed.any_process(bool(signals))
             due = distributed.any_process(time.monotonic() - saved > 60 * config.checkpoint_minutes)  # clocks differ
             epoch_to_save = epoch if epoch_ends and epoch in job.saved_epochs else None
@@ -274,7 +281,8 @@ class Window:
         record = {
             **values,
             "lr": step.lr,
-            **self.job.method.scheduled(self.job.schedule.progress(step.number)),
+            **step.scheduled,
+            **({"phase": step.phase} if step.phase else {}),
             "images_per_second": round(images / seconds, 2),
             "data_wait": round(self._waited / seconds, 4),
             "skipped": int(skipped),
@@ -282,14 +290,19 @@ class Window:
         self._clear()
         return record
 
+    def drop_health(self) -> None:
+        """Begin the sums for monitor.health again."""
+        self._health, self._health_steps = {}, 0
+
     def read_health(self, step: int) -> dict[str, float | None]:
-        """The figures of monitor.health, once there are WINDOW images for them; at the end of the run fewer will do."""
+        """The figures of monitor.health, once there are WINDOW images for them; at the end of the run fewer will do,
+        of a short one the half."""
         G = self.job.config.images_a_step
-        least = WINDOW if step < self.job.schedule.total_steps else min(WINDOW // 4, step * G)
+        least = WINDOW if step < self.job.schedule.total_steps else min(WINDOW // 4, step * G // 2)
         if not self._health or self._health_steps * G < least:
             return {}
         sums = on_host({name: distributed.total(total) for name, total in self._health.items()})
-        self._health, self._health_steps = {}, 0
+        self.drop_health()
         return health(sums) if sums["images"] > 1 else {}  # all steps may have been skipped
 
 

@@ -51,7 +51,7 @@ class Judge:
         self.facts = facts
         self.labelled = labelled  # the images of the kNN: accuracies on others do not count
         self.readings = 0
-        self.first: Mapping[str, Any] = {}
+        self.first: Mapping[str, Any] = {}  # of this phase
         self.untrained: float | None = None  # accuracy of the kNN before training, in per cent
         self.knn: list[float] = []  # and since
         self.knn_images = 1
@@ -78,6 +78,8 @@ class Judge:
 
     def _read(self, line: Mapping[str, Any]) -> Verdict | None:
         self.readings += 1
+        if line.get("phase") != self.first.get("phase"):  # figures of another target: nothing to compare with
+            self.first, self._suspicion = {}, None
         self.first = self.first or line
         verdict = self._problem(line)
         self._before = line["step"], line.get("skipped") or 0

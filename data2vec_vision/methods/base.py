@@ -144,12 +144,14 @@ class Method(nn.Module):
     def load_content(self, content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         """Take over what a training checkpoint has: all weights and states, and the transforms of images.
 
-        Raises InputError when the weights are of another shape.
+        Raises InputError when the weights are of another shape, or of another version of the method.
         """
         try:
             self.load_state_dict(content["method_state"])
         except RuntimeError as error:
-            raise InputError(f"the weights in {path} are of another shape: {one_line(error)}") from error
+            raise InputError(
+                f"the weights in {path} are of another shape, or of another version of this program: {one_line(error)}"
+            ) from error
         for name, encoder in self.encoders.items():
             encoder.transform = ImageTransform.from_dict(content["encoders"][name]["transform"])
 
@@ -251,6 +253,14 @@ class Method(nn.Module):
             return {}
         c = self.config
         return {"tau": linear_ramp(progress, c.tau_initial, c.tau_end, c.tau_increase_pct)}
+
+    @property
+    def phase(self) -> str:
+        """A short name of what a run now does, where its target changes in its course; else ""."""
+        return ""
+
+    def skip_beginning(self) -> None:
+        """Go on as most of a run does, where it begins otherwise: to measure what a step takes."""
 
     def weight_decay(self, first: float, progress: float) -> float:
         """The weight decay at `progress` in [0, 1] of a run that began with `first`.

@@ -8,7 +8,7 @@ in the paper's speech recipe and in data2vec 2.0, because it learns on small dat
 outputs with layer norm (`target_output=block target_norm=layer`) hardly do; it loses its mean at each place
 (`center`), without which it comes to tell the place and not the image; every image has exactly the same number
 of hidden patches; the teacher's tau may rise; positions are fixed and first weights MAE's, because from timm's it
-had not begun to learn in 400 steps; and `train` begins with pixels (latent.py). The loss is a mean over images of
+had not begun to learn in 400 steps; and `train` begins with pixels (see latent.py). The loss is a mean over images of
 equal weight, so gradient accumulation changes nothing.
 """
 

@@ -8,7 +8,7 @@ What differs from the published code: the blocks are timm's, with the norm first
 their weights can be used; the final norm therefore precedes the decoder, there is no norm before the blocks, and
 none of the blocks is left out of the target. The decoder's noise is the same for all images of a step, so that
 slicing a step changes nothing. Some defaults are for small data, each measured in benchmarks/RESULTS.md: runs
-begin with pixels (latent.py) and with MAE's first weights; targets lose their mean at each place (`center`); of a
+begin with pixels (see latent.py) and with MAE's first weights; targets lose their mean at each place (`center`); of a
 small grid single patches are kept instead of blocks; and the class token has no loss (its target, a mean over
 patches after an instance norm, is next to nothing, and its loss outweighed the patches').
 """
@@ -189,7 +189,7 @@ class Data2Vec2(MeanOfBlocks):
         prediction = prediction.view(B, M, Q, -1)
         loss = scaled_square(prediction, hidden_target)
         logs = target_health(hidden_target, prediction)
-        if self.student.vit.cls_token is not None and self.config.class_token_weight:
+        if self.student.vit.cls_token is not None and self.config.class_token_weight and not self.on_pixels:
             class_token = at_least_fp32(encoded.prefix[:, 0]).view(B, M, -1)
             class_loss = scaled_square(class_token, target.mean(dim=1, keepdim=True).expand_as(class_token))
             logs["class_loss"] = class_loss.detach()

@@ -5,24 +5,24 @@ section 3. Shapes: B batch, S patches, K context patches, M target blocks, Q pat
 the encoder, W of the predictor.
 
 What differs from the published code: the sampler's biases are mended (`multiblock` says which;
-`official_sampler=true` has them back), the context has the same size whatever the batch, and `train` begins with
-pixels (latent.py).
+`official_sampler=true` has them back), and the context has the same size whatever the batch.
 """
 
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import torch
 from timm.layers import trunc_normal_
 from timm.models.vision_transformer import VisionTransformer
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from data2vec_vision.decoder import MaskedVisionTransformerDecoder, decoder_width, trunc_normal
+from data2vec_vision.ema import frozen_copy
 from data2vec_vision.errors import InputError
 from data2vec_vision.knobs import knob
 from data2vec_vision.masking import MaskSampler, largest_context, multiblock, multiblock_official, share
-from data2vec_vision.methods.base import Output
-from data2vec_vision.methods.latent import Latent
+from data2vec_vision.methods.base import Method, Output
 from data2vec_vision.patches import take
 from data2vec_vision.recipes import VIT_B, PaperRecipe
 from data2vec_vision.schedules import cosine
@@ -50,11 +50,11 @@ class MultiBlockMasks:
         return {"keep": context, "query": targets}
 
 
-class IJEPA(Latent):
+class IJEPA(Method):
     """I-JEPA (Assran et al. 2023): predict, from a block of patches, what a slow copy makes of four other blocks."""
 
     @dataclass(frozen=True)
-    class Config(Latent.Config):
+    class Config(Method.Config):
         n_targets: int = knob(4, "target blocks an image", "[1, inf)", "4")
         context_ratio: float = knob(0.25, "share of the patches in the context", "(0, 1)", "about 0.25, by its batches")
         official_sampler: bool = knob(False, "sample blocks as the published code does, biases included", paper="true")
@@ -82,7 +82,7 @@ class IJEPA(Latent):
         ),
         knobs=dict(
             n_targets=4, context_ratio=0.25, official_sampler=True, predictor_dim=384, predictor_depth=6,
-            weight_decay_end=0.4, pixel_pct=0.0, crop_min=0.3, flip=0.0
+            weight_decay_end=0.4, crop_min=0.3, flip=0.0
         ),
         notes=(
             "No configuration of a ViT-B was published. Epochs and warm-up are the paper's, where the code of "
@@ -110,12 +110,8 @@ class IJEPA(Latent):
         self.head = nn.Linear(W, student.embed_dim)
         self.embed.apply(trunc_normal)
         self.head.apply(trunc_normal)
-        self.make_teacher()
+        self.teacher = frozen_copy(self.student)
         self._refuse_masks_that_do_not_fit()
-
-    @property
-    def prediction_head(self) -> nn.Linear:
-        return self.head
 
     @staticmethod
     def initialize(vit: VisionTransformer) -> None:
@@ -144,7 +140,7 @@ class IJEPA(Latent):
         context = "what they leave of a large block" if c.official_sampler else f"{self.n_context} patches"
         return (
             f"1 view an image; from {context} of {self.student.n_patches} a predictor of {predictor.dim} x "
-            f"{len(predictor.blocks)} tells what the teacher makes of {c.n_targets} blocks{self.beginning}"
+            f"{len(predictor.blocks)} tells what the teacher makes of {c.n_targets} blocks"
         )
 
     def views(self) -> ViewTransform:
@@ -169,9 +165,9 @@ class IJEPA(Latent):
         extras = {"prediction": prediction, "target": target, **masks}
         return Output(loss, encoded.tokens.detach().mean(dim=1), logs, extras)
 
-    def latent(self, images: Tensor) -> Tensor:
-        """What the teacher makes of the whole images, each token layer-normed: [B, C, H, W] -> [B, S, D]."""
-        assert self.teacher is not None
+    @torch.no_grad()
+    def target(self, images: Tensor) -> Tensor:
+        """What the teacher makes of the whole images, each token layer-normed: [B, 3, H, W] -> [B, S, D]."""
         return layer_norm(at_least_fp32(self.teacher.encode(images).tokens))
 
     def weight_decay(self, first: float, progress: float) -> float:

@@ -1,13 +1,14 @@
-"""Targets in latent space: what a teacher makes of the whole image. And pixels, until the teacher has seen some.
+"""The target of data2vec and data2vec 2.0: what a teacher makes of the whole image. And how a run begins.
 
-data2vec, data2vec 2.0 and I-JEPA predict such targets. Shapes: B batch, C channels, S patches, D width, T blocks.
+Baevski et al. 2022, section 3.3; Baevski et al. 2023, section 3.1. Shapes: B batch, C channels, S patches, D width,
+T blocks.
 
-Of our own is how a run begins. What an untrained teacher says of a patch is little, and the student that learns it
+Of our own is the beginning. What an untrained teacher says of a patch is little, and the student that learns it
 becomes a teacher hardly better. So the first `pixel_pct` of a run predict the pixels of the hidden patches, as MAE
 does, and spend no time on the teacher, which takes the student's weights after each of these steps; the run goes on
 from there as the papers have it, with a head of zeros. A student whose teacher has seen images gets further in the
-same time (benchmarks/RESULTS.md). Teachers that were trained on pixels first, or on an earlier teacher, are those of
-dBOT (Liu et al. 2024, "Exploring Target Representations for Masked Autoencoders").
+same time (benchmarks/RESULTS.md; I-JEPA does not). Teachers that were trained on pixels first, or on an earlier
+teacher, are those of dBOT (Liu et al. 2024, "Exploring Target Representations for Masked Autoencoders").
 """
 
 from dataclasses import dataclass
@@ -53,13 +54,18 @@ class PixelTarget(nn.Module):
             return F.linear((patches - mean) / deviation, self.turn.to(patches.dtype))
 
 
-class Latent(Method):
-    """A method that predicts, of patches, `latent(images)`; in the first `pixel_pct` of a run their pixels."""
+class MeanOfBlocks(Method):
+    """A method whose target is the mean over the teacher's top blocks of a state of theirs; and pixels at first."""
 
     @dataclass(frozen=True)
     class Config(Method.Config):
+        center: bool = knob(True, "take from the target what a patch's place alone tells", paper="false")
         pixel_pct: float = knob(
-            0.0, "share of the run, at its start, whose target is pixels; train takes 0.125 from scratch", "[0, 1)", "0"
+            0.0,
+            "share of the run, at its start, whose target is pixels; the teacher follows with tau 0 meanwhile; train "
+            "takes 0.125 from scratch",
+            "[0, 1)",
+            "0",
         )
 
     @classmethod
@@ -71,73 +77,35 @@ class Latent(Method):
         """The last layer of what predicts, with D outputs."""
         raise NotImplementedError
 
-    def make_teacher(self) -> None:
-        """The teacher and what a run begins with: to be called in `build`, last of all that draws weights."""
-        student = self.student
+    def build_target(self, top_k_blocks: int | None, output: str, norm: str) -> None:
+        """Makes the teacher and what its target needs: `output` "ffn" or "block", `norm` a name in NORMS.
+
+        To be called in `build` after all that draws weights, so that the pixels' matrix changes none of them.
+        """
+        student, pct = self.student, self.config.pixel_pct
+        if output == "ffn" and not has_separate_ffn(student.vit):
+            remedy = "--set target_output=block" if hasattr(self.config, "target_output") else "another --model"
+            raise InputError(f"the blocks of this encoder have no separate feed-forward network; use {remedy}")
+        self.top_blocks = student.top_blocks(top_k_blocks)
+        self.output, self.norm = output, norm
         self.teacher = frozen_copy(student)
-        self.on_pixels = self.config.pixel_pct > 0
-        n_pixels = student.vit.patch_embed.proj.weight[0].numel()
-        self.pixels = PixelTarget(student.patch_size, n_pixels, student.embed_dim) if self.on_pixels else None
+        S, D, n_pixels = student.n_patches, student.embed_dim, student.vit.patch_embed.proj.weight[0].numel()
+        self.position_mean = PositionMean(S, D) if self.config.center else None
+        self.pixels = PixelTarget(student.patch_size, n_pixels, D) if pct else None
+        self.on_pixels = pct > 0
 
     @property
     def beginning(self) -> str:
         """For `describe`: what the run begins with."""
         pct = self.config.pixel_pct
-        return f", after pixels in the first {100 * pct:g} % of the run" if pct else ""
+        return f"; pixels in the first {100 * pct:g} % of the run" if pct else ""
 
     @torch.no_grad()
     def target(self, images: Tensor) -> Tensor:
         """What is predicted of each patch, in at least fp32: [B, C, H, W] -> [B, S, D]."""
         return self.pixels(images) if self.on_pixels and self.pixels is not None else self.latent(images)
 
-    def latent(self, images: Tensor) -> Tensor:
-        """What the teacher makes of the whole images: [B, C, H, W] -> [B, S, D] in at least fp32."""
-        raise NotImplementedError
-
-    def scheduled(self, progress: float) -> dict[str, float]:
-        """tau: 0 while the target is pixels, so that the teacher is the student; its ramp takes what is left."""
-        if self.on_pixels:
-            return {"tau": 0.0}
-        pct = self.config.pixel_pct
-        return super().scheduled(max(0.0, (progress - pct) / (1 - pct)))
-
-    def after_step(self, progress: float) -> None:
-        super().after_step(progress)
-        if self.on_pixels and progress >= self.config.pixel_pct:
-            self.on_pixels = False
-            # What was right for pixels is wrong now, and its gradients would undo what the encoder has learned.
-            nn.init.zeros_(self.prediction_head.weight)
-            nn.init.zeros_(self.prediction_head.bias)
-
-    # Where a run stands is no buffer: the choice between two targets must not wait for a device.
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.on_pixels)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self.on_pixels = bool(state)
-
-
-class MeanOfBlocks(Latent):
-    """data2vec's and data2vec 2.0's target: the mean over the teacher's top blocks of a state, each normalised.
-
-    Baevski et al. 2022, section 3.3; Baevski et al. 2023, section 3.1.
-    """
-
-    @dataclass(frozen=True)
-    class Config(Latent.Config):
-        center: bool = knob(True, "take from the target what a patch's place alone tells", paper="false")
-
-    def build_target(self, top_k_blocks: int | None, output: str, norm: str) -> None:
-        """Makes the teacher and what its target needs: `output` "ffn" or "block", `norm` a name in NORMS."""
-        student = self.student
-        if output == "ffn" and not has_separate_ffn(student.vit):
-            remedy = "--set target_output=block" if hasattr(self.config, "target_output") else "another --model"
-            raise InputError(f"the blocks of this encoder have no separate feed-forward network; use {remedy}")
-        self.top_blocks = student.top_blocks(top_k_blocks)
-        self.output, self.norm = output, norm
-        self.position_mean = PositionMean(student.n_patches, student.embed_dim) if self.config.center else None
-        self.make_teacher()
-
+    @torch.no_grad()
     def latent(self, images: Tensor) -> Tensor:
         """y = LN((1 / T) sum over the top T blocks of norm(h) - m): [B, C, H, W] -> [B, S, D] in at least fp32.
 
@@ -148,7 +116,35 @@ class MeanOfBlocks(Latent):
         y = mean_of_blocks(self.teacher.encode(images, hidden=self.top_blocks, output=self.output).hidden, self.norm)
         return layer_norm(y if self.position_mean is None else self.position_mean(y))
 
+    def scheduled(self, progress: float) -> dict[str, float]:
+        """tau: 0 while the target is pixels, so that the teacher is the student; its ramp takes what is left."""
+        if self.on_pixels:
+            return {"tau": 0.0}
+        pct = self.config.pixel_pct
+        return super().scheduled(max(0.0, (progress - pct) / (1 - pct)))
+
     def after_step(self, progress: float) -> None:
-        if self.position_mean is not None and not self.on_pixels:
-            self.position_mean.after_step()
         super().after_step(progress)
+        if self.on_pixels:
+            if progress >= self.config.pixel_pct:
+                self.skip_beginning()
+                # What was right for pixels is wrong now, and its gradients would undo what the encoder has learned.
+                # AdamW's moments stay: an optimizer is not the method's.
+                nn.init.zeros_(self.prediction_head.weight)
+                nn.init.zeros_(self.prediction_head.bias)
+        elif self.position_mean is not None:
+            self.position_mean.after_step()
+
+    @property
+    def phase(self) -> str:
+        return "pixels" if self.on_pixels else ""
+
+    def skip_beginning(self) -> None:
+        self.on_pixels = False
+
+    # Where a run stands is no buffer: the choice between two targets must not wait for a device.
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.on_pixels)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.on_pixels = bool(state)

@@ -18,6 +18,7 @@ from data2vec_vision.config import TrainConfig
 from data2vec_vision.errors import InputError
 from data2vec_vision.methods.data2vec import Data2Vec
 from data2vec_vision.plan import prepare
+from data2vec_vision.schedules import Plan
 
 EPOCHS = ["--epochs", 4]
 UNTIMED = ("images_per_second", "data_wait")
@@ -127,7 +128,10 @@ def test_restored_are_weights_teacher_optimizer_and_schedule(stopped):
         (["--epochs", 3], "which has 4 (more epochs can be added, not fewer)"),
         (["--batch-size", 3], "--batch-size times --grad-accum must stay that number"),
         (["--batch-size", 4, "--grad-accum", 2], "the run has 4 images a step"),
-        (["--set", "crop_min=0.5"], "--set crop_min=0.5 contradicts stopped/checkpoint_last.pt, which has none"),
+        (
+            ["--set", "crop_min=0.5"],
+            "--set crop_min=0.5 contradicts stopped/checkpoint_last.pt, which has pixel_pct=0.125",
+        ),
         (["--checkpoint-out-dir", "other"], "--checkpoint-out-dir contradicts --resume-checkpoint"),
         (["--config", "stopped/config.json"], "leave out --config"),
     ],
@@ -171,6 +175,35 @@ def test_more_epochs_make_the_run_longer_without_a_jump_and_resume_exactly_too(c
         assert cli("train", "--resume-checkpoint", "again/checkpoint_last.pt", "--epochs", 8)[0] == 130
     assert cli("train", "--resume-checkpoint", "again/checkpoint_last.pt")[0] == 0
     assert same_state("again/checkpoint_7.pt", "stopped/checkpoint_7.pt")
+
+
+@pytest.mark.parametrize("stop", [9, 11, 12, 13])
+def test_a_run_stopped_around_the_end_of_its_pixels_continues_bit_for_bit(cli, images, stop):
+    """Twelve of 24 steps predict pixels; after each step is a line, and after the change new figures of health."""
+    options = ["train", images, *TINY, *EPOCHS, "--set", "pixel_pct=0.5", "--checkpoint-out-dir"]
+    cli(*options, "whole")
+    with signal_after(stop, signal.SIGTERM):
+        assert cli(*options, "stopped")[0] == 143
+    assert cli("train", "--resume-checkpoint", LAST)[0] == 0
+    assert same_state("whole/checkpoint_3.pt", "stopped/checkpoint_3.pt")
+    assert untimed(metrics("stopped")) == untimed(metrics("whole"))
+
+
+def test_a_run_made_longer_in_its_pixels_has_pixels_for_its_share(cli, images):
+    with signal_after(3, signal.SIGTERM):
+        cli("train", images, *TINY, *EPOCHS, "--set", "pixel_pct=0.5", "--checkpoint-out-dir", "stopped")
+    assert cli("train", "--resume-checkpoint", LAST, "--epochs", 8)[0] == 0
+    phases = [line.get("phase") for line in metrics("stopped")]
+    assert len(phases) == 48 and phases == sorted(phases, key=lambda p: p is None)
+    progress = Plan(((0, 24), (3, 48)), max_lr=1.0, warmup=0.1).progress
+    assert phases.count("pixels") == next(n for n in range(49) if progress(n) >= 0.5)
+
+
+def test_trained_weights_do_not_begin_with_pixels(cli, images, whole):
+    _, out, _ = cli("train", images, *TINY, "--epochs", 1, "--init", "whole/student_3.pt", "--checkpoint-out-dir", "on")
+    assert "pixel" not in out and all("phase" not in line for line in metrics("on"))
+    _, out, _ = cli("train", images, *TINY, "--epochs", 1, "--checkpoint-out-dir", "new")
+    assert "--set pixel_pct=0.125 (an untrained teacher says little)" in out
 
 
 def test_a_finished_run_says_so_and_can_be_extended(cli, refused, images, whole):
@@ -247,7 +280,7 @@ def test_a_tau_that_is_more_than_the_rule_gives_can_be_typed_and_resumed(cli, im
         _, out, _ = cli("train", images, *options)
     assert "--tau-end 0.999 (as --tau-initial" in out
     assert cli("train", "--resume-checkpoint", LAST)[0] == 0
-    assert {line["tau"] for line in metrics("stopped")} == {0.999}
+    assert {line["tau"] for line in metrics("stopped")} == {0.0, 0.999}
 
 
 def test_changed_images_are_allowed_for_one_call_only(cli, refused, images, stopped):

@@ -13,6 +13,7 @@ import torch
 from conftest import TINY, metrics, same_state, start, state
 
 import data2vec_vision as d2v
+from data2vec_vision import train
 from data2vec_vision.checkpoint import load_encoder
 from data2vec_vision.device import has_compiler
 from data2vec_vision.methods.data2vec import Data2Vec
@@ -93,8 +94,24 @@ def test_the_rate_is_one_cycle_and_tau_rises_every_step(cli, images):
     rates, taus = [line["lr"] for line in lines], [line["tau"] for line in lines]
     assert max(rates) == rates[6] == pytest.approx(0.01) and rates[:7] == sorted(rates[:7])
     assert rates[6:] == sorted(rates[6:], reverse=True)
-    expected = [min(0.9, 0.5 + 0.4 * (s / 24) / 0.5) for s in range(1, 25)]
+    # Three steps, an eighth, have pixels as their target and the student as their teacher; tau rises in half of the rest.
+    expected = [0.0] * 3 + [min(0.9, 0.5 + 0.4 * (s / 21) / 0.5) for s in range(1, 22)]
     assert taus == pytest.approx(expected)
+    assert [line.get("phase") for line in lines] == ["pixels"] * 3 + [None] * 21
+
+
+def test_figures_of_pixels_and_of_the_teachers_targets_are_kept_apart(cli, images, monkeypatch):
+    """A reading takes five steps here; the one that would span the change, after step 12, begins anew."""
+    monkeypatch.setattr(train, "WINDOW", 20)
+    cli("train", images, *TINY, "--epochs", 4, "--set", "pixel_pct=0.5", "--checkpoint-out-dir", "a")
+    assert [line["step"] for line in metrics("a") if line.get("rankme")] == [5, 10, 17, 22, 24]
+
+
+def test_a_dry_run_measures_steps_as_most_are(cli, images, monkeypatch):
+    passes, original = [], Data2Vec.latent
+    monkeypatch.setattr(Data2Vec, "latent", lambda self, x: passes.append(len(x)) or original(self, x))
+    code, out, _ = cli("train", images, *TINY, "--epochs", 40, "--dry-run")
+    assert code == 0 and "pixels in the first 12.5 % of the run" in out and passes == [4, 4, 4]
 
 
 def test_the_teacher_moves_once_a_step_with_the_progress_of_the_step(cli, images, monkeypatch):

@@ -57,6 +57,13 @@ def test_each_problem_has_its_words_and_its_remedy(later, facts, name, remedy):
     assert said[-1][1].verdict == name
 
 
+def test_what_was_seen_of_pixels_is_no_measure_of_the_teachers_targets():
+    later = {"target_variance_images": 0.1, "r2_position": None, "r2_constant": None}
+    assert "targets" in [v.verdict for _, v in judged(after(HEALTHY, later))[0]]
+    said, _ = judged(after(HEALTHY | {"phase": "pixels"}, later | {"phase": None}))
+    assert [v.verdict for _, v in said if v.level == "bad"] == []
+
+
 def test_prototypes_crowded_and_unused():
     now = judged(after(CLUSTERS, {"entropy": 0.2}), CLUSTERING)[1]
     assert now.verdict == "crowded" and "n_prototypes=256" in now.text and "mean_entropy_weight" not in now.text
