@@ -217,7 +217,8 @@ def table(path: Path) -> str:
         cells += [f"{statistics.mean(r['cpu_minutes'] for r in rows):.1f}", str(len(rows))]
         cells += [spread([r["knn"] for r in rows]), spread([r["linear"] for r in rows])]
         cells += [spread([r["few_shot"].get("10", float("nan")) for r in rows])]
-        cells += [spread([r["rank"] or float("nan") for r in rows], 0)]
+        ranks = [r["rank"] for r in rows if r["rank"] is not None]
+        cells += [spread(ranks, 0) if ranks else ""]
         cells += [", ".join(sorted({str(r["verdict"] or "none") for r in rows}))]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
