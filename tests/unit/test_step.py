@@ -179,6 +179,7 @@ CALLS = {
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_calls_each_network_once_a_resolution_and_keeps_the_states_that_it_needs(images, name, monkeypatch):
     job = job_of(images, method=name, precision="bf16")
+    job.method.skip_beginning()  # as most steps are
     calls = {True: [], False: []}
     encode = MaskedVisionTransformer.encode
 
