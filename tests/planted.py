@@ -897,7 +897,7 @@ DEFECTS = [
      UNIT + "latent.py::test_a_saved_run_goes_on_exactly_before_at_and_after_the_change"),
     ("pixels of a wide encoder have less than unit variance", "methods/latent.py", "gain=max(width / n_pixels, 1) ** 0.5",
      "gain=1", UNIT + "latent.py::test_the_squared_error_of_a_pixel_target_is_that_of_the_pixels"),
-    ("the target stays at pixels", "methods/latent.py", "            self.on_pixels = False\n", "", UNIT + "latent.py::test_a_run_begins_with_pixels_and_goes_on_with_a_teacher_that_has_seen_images"),
+    ("the target stays at pixels", "methods/latent.py", "                self.skip_beginning()\n", "", UNIT + "latent.py::test_a_run_begins_with_pixels_and_goes_on_with_a_teacher_that_has_seen_images"),
     ("a trained encoder begins with pixels", "methods/latent.py", "return {} if facts.pretrained else", "return",
      UNIT + "latent.py::test_pixels_come_first_unless_the_encoder_is_trained"),
     ("the head of pixels goes on with the teacher's targets", "methods/latent.py", "nn.init.zeros_(self.prediction_head.weight)",
