@@ -105,7 +105,6 @@ class MeanOfBlocks(Method):
         """What is predicted of each patch, in at least fp32: [B, C, H, W] -> [B, S, D]."""
         return self.pixels(images) if self.on_pixels and self.pixels is not None else self.latent(images)
 
-    @torch.no_grad()
     def latent(self, images: Tensor) -> Tensor:
         """y = LN((1 / T) sum over the top T blocks of norm(h) - m): [B, C, H, W] -> [B, S, D] in at least fp32.
 
