@@ -24,7 +24,7 @@ _NAMES = {
     "Features": "vit",
     "load": "checkpoint",
     "load_method": "methods",
-    "open_image": "sources",
+    "open_image": "images",
     "save_encoder": "checkpoint",
     "InputError": "errors",
     "RunFailed": "errors",

@@ -17,7 +17,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from data2vec_vision.duplicates import BANDS, look
-from data2vec_vision.sources import ImageFolder, as_seen, opened, why_unreadable
+from data2vec_vision.images import as_seen, opened, why_unreadable
+from data2vec_vision.sources import ImageFolder
 
 CHUNK = 16  # images that a worker looks at before it answers
 ORIENTATION = 0x0112  # EXIF's tag: 1 is upright, 2 to 8 are turned or mirrored

@@ -12,7 +12,7 @@ from torch import nn
 
 from data2vec_vision.checkpoint import load_weights, save_encoder
 from data2vec_vision.formats import FORMATS, for_timm, timm_call
-from data2vec_vision.sources import open_image
+from data2vec_vision.images import open_image
 from data2vec_vision.transforms import ImageTransform
 from data2vec_vision.vit import MaskedVisionTransformer, build_vit
 

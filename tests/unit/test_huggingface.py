@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassif
 
 from data2vec_vision.errors import InputError
 from data2vec_vision.huggingface import as_huggingface
-from data2vec_vision.sources import open_image
+from data2vec_vision.images import open_image
 from data2vec_vision.transforms import ImageTransform
 from data2vec_vision.vit import MaskedVisionTransformer, build_vit
 

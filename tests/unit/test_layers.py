@@ -30,6 +30,7 @@ MODELS_AND_DATA = [
     "transforms",
     "vit",
     "decoder",
+    "images",
     "sources",
     "survey",
     "data",

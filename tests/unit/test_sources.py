@@ -10,7 +10,8 @@ from PIL import Image
 
 from data2vec_vision import sources as sources_module
 from data2vec_vision.errors import InputError
-from data2vec_vision.sources import ImageFolder, ImageList, decode, image_suffixes, open_source, read_image
+from data2vec_vision.images import decode, image_suffixes
+from data2vec_vision.sources import ImageFolder, ImageList, open_source, read_image
 
 
 def touch(root, *names):
