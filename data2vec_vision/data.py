@@ -19,10 +19,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from data2vec_vision.images import Unreadable
 from data2vec_vision.masking import MaskSampler, stack_masks
 from data2vec_vision.seeding import derive, generator, seeded
-from data2vec_vision.sources import ImageFolder, read_image
-from data2vec_vision.transforms import ViewTransform
+from data2vec_vision.sources import ImageFolder, opened_picture
+from data2vec_vision.transforms import Views, ViewTransform
 
 LONGEST_TMPDIR = 70  # bytes, of the 108 of a socket's path
 BAD_TRIES = 20  # images tried in place of an unreadable one
@@ -102,24 +103,27 @@ class StreamDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         position, index = key
-        image, bad = self.readable(index)
-        with seeded(self.seed, "views", position), one_thread():
-            views = self.views(image)
+        views, bad = self.views_of(index, position)
         step = position // self.images_a_step
         masks = self.masks(generator(self.seed, "masks", position), generator(self.seed, "masks of step", step))
         return Sample(views, masks, bad)
 
-    def readable(self, index: int) -> tuple[Image.Image, dict[int, str]]:
-        """Image `index` or the replacement for it, and the unreadable images met, with the reasons."""
+    def views_of(self, index: int, position: int) -> tuple[list[Tensor], dict[int, str]]:
+        """The views at `position` of image `index` or its replacement, and why which images could not be read."""
         bad: dict[int, str] = {}
         for attempt in range(BAD_TRIES + 1):
             chosen = index if attempt == 0 else derive(index, attempt) % len(self.source)
-            image = read_image(self.source, chosen)
-            if isinstance(image, Image.Image):
-                return image, bad
-            bad[chosen] = image
+            with seeded(self.seed, "views", position), one_thread():
+                try:
+                    with opened_picture(self.source, chosen) as picture:
+                        if isinstance(self.views, Views):
+                            return self.views(picture), bad
+                        return self.views(picture.image()), bad
+                except Unreadable as error:
+                    bad[chosen] = str(error)
         # So many in a row mean that the folder is beyond the share of bad files that ends the run.
-        return Image.new("RGB", (64, 64)), bad
+        with seeded(self.seed, "views", position), one_thread():
+            return self.views(Image.new("RGB", (64, 64))), bad
 
 
 @contextmanager

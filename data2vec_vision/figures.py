@@ -36,7 +36,9 @@ def draw_views(job: Job) -> Image.Image:
     rows: list[list[Tile]] = []
     for position in range(min(EXAMPLES, len(job.source))):
         index = stream.image(position)
-        image, _ = dataset.readable(index)
+        image = read_image(job.source, index)
+        if isinstance(image, str):
+            continue
         sample = dataset[position, index]
         row: list[Tile] = [(image, job.source.name(index)[-16:], None)]
         first = sample.views[0].shape

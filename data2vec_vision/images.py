@@ -1,13 +1,31 @@
-"""From an image file to RGB pixels."""
+"""From an image file to pixels: the whole image in RGB, or only crops of it, which takes less time.
 
+Shapes: H x W pixels of a crop that was asked for.
+"""
+
+import functools
+import io
 import os
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import BinaryIO
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import pil_to_tensor, resized_crop_image
 
 from data2vec_vision.errors import one_line
+
+BICUBIC = InterpolationMode.BICUBIC
+JPEG = b"\xff\xd8\xff"  # how such a file begins
+ORIENTATION = 0x0112  # EXIF's tag: 1 is upright, 2 to 8 are turned or mirrored
+REDUCE = 1.5  # times as fine as needed, at least, stays an image that the decoder makes smaller
+Box = tuple[int, int, int, int]  # top, left, height, width in pixels of the upright image
 
 # Formats that Pillow recognises without being able to decode them by itself, and EPS, a program to be run.
 UNDECODABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -73,6 +91,98 @@ def _stretched(pixels: np.ndarray) -> Image.Image:
 
 def _grey(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8)).convert("RGB")
+
+
+class Unreadable(Exception):
+    """An image that cannot be read; the text says why, in one line."""
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Any error inside becomes Unreadable: damaged files make decoders raise nearly anything."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of metadata that does not matter; what cannot be decoded raises
+            yield
+    except Exception as error:
+        raise Unreadable(why_unreadable(error)) from error
+
+
+class Picture:
+    """An image, upright, in RGB, 8 bits a channel, of which crops can be had; only its header is read at once.
+
+    `image` is Pillow's, opened but not loaded, and `file` what it was opened from, where that is at hand. The
+    pixels are those of `as_seen`, but for two short cuts, both of JPEGs: one that needs no turning is decoded by
+    torchvision, which has the same decoder with less around it; and where all crops are at least REDUCE times as
+    large as twice what is made of them, the decoder itself makes the image smaller, by 2, 4 or 8. All methods raise
+    Unreadable. Not for use by two threads at once.
+    """
+
+    def __init__(self, image: Image.Image, file: BinaryIO | None = None):
+        with explained():
+            self._image, self._file = image, file
+            self._is_jpeg = file is not None and image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
+            self._turn = image.getexif().get(ORIENTATION, 1)
+            self._pixels: Tensor | None = None
+            self.size = image.size[::-1] if self._turn in (5, 6, 7, 8) else image.size  # width and height, as seen
+
+    @classmethod
+    def of(cls, file: BinaryIO) -> "Picture":
+        """The picture in a file that can seek and stays open as long as the picture is used."""
+        with explained():
+            start = file.read(len(JPEG))
+            file.seek(0)
+            if start == JPEG:  # the most frequent format, and Pillow would try others first
+                file = io.BytesIO(file.read())
+                return cls(Image.open(file, formats=["JPEG", "MPO"]), file)
+            return cls(opened(file), file)
+
+    def image(self) -> Image.Image:
+        """All of it."""
+        with explained():
+            return as_seen(self._image)
+
+    def crops(self, boxes: Sequence[Box], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """What is in each of the boxes, resized to (H, W) in `sizes` by bicubic interpolation: uint8 [3, H, W] each."""
+        with explained():
+            if self._pixels is None and self._is_jpeg:
+                shrink = min(min(box[2] / size[0], box[3] / size[1]) for box, size in zip(boxes, sizes, strict=True))
+                if factor := next((k for k in (8, 4, 2) if k * REDUCE <= shrink), None):
+                    return self._reduced_crops(factor, boxes, sizes)
+            if self._pixels is None:
+                self._pixels = self._decoded()
+            return [resized_crop_image(self._pixels, *box, list(size), BICUBIC) for box, size in zip(boxes, sizes)]
+
+    def _decoded(self) -> Tensor:
+        if self._is_jpeg and self._turn == 1 and torchvision_reads_jpeg():
+            self._file.seek(0)
+            return decode_jpeg(torch.frombuffer(bytearray(self._file.read()), dtype=torch.uint8), ImageReadMode.RGB)
+        return pil_to_tensor(as_seen(self._image))
+
+    def _reduced_crops(self, factor: int, boxes: Sequence[Box], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        self._file.seek(0)
+        image = opened(self._file)
+        image.draft(image.mode, (image.width // factor, image.height // factor))
+        image = as_seen(image)
+        x, y = image.width / self.size[0], image.height / self.size[1]
+        found = []
+        for (top, left, height, width), (H, W) in zip(boxes, sizes):
+            right, bottom = min((left + width) * x, image.width), min((top + height) * y, image.height)
+            resized = image.resize((W, H), Image.Resampling.BICUBIC, box=(left * x, top * y, right, bottom))
+            found.append(pil_to_tensor(resized))
+        return found
+
+
+@functools.cache
+def torchvision_reads_jpeg() -> bool:
+    """Whether this torchvision was built with a JPEG decoder."""
+    smallest = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(smallest, "JPEG")
+    try:
+        decode_jpeg(torch.frombuffer(bytearray(smallest.getvalue()), dtype=torch.uint8))
+    except RuntimeError:
+        return False
+    return True
 
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:

@@ -9,6 +9,7 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from data2vec_vision.errors import InputError
-from data2vec_vision.images import decode, image_suffixes, why_unreadable
+from data2vec_vision.images import Picture, Unreadable, explained, image_suffixes
 
 LIST_SUFFIXES = (".txt", ".list")  # of files that list images
 SUFFIXES = 1000  # told apart among files that are no images
@@ -191,10 +192,19 @@ def open_source(path: str | os.PathLike[str]) -> ImageFolder:
     return ImageFolder(path)
 
 
+@contextmanager
+def opened_picture(source: ImageFolder, index: int) -> Iterator[Picture]:
+    """Image `index`, its header read. Raises Unreadable, which has the reason in one line."""
+    with explained():
+        file = source.open(index)
+    with file:
+        yield Picture.of(file)
+
+
 def read_image(source: ImageFolder, index: int) -> Image.Image | str:
     """Image `index` in RGB, or, for a file that cannot be read, the reason in one line."""
     try:
-        with source.open(index) as file:
-            return decode(file)
-    except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
-        return why_unreadable(error)
+        with opened_picture(source, index) as picture:
+            return picture.image()
+    except Unreadable as error:
+        return str(error)

@@ -3,6 +3,7 @@
 Shapes: C channels, H x W pixels, P patch side, S patches, `*` any leading dimensions or none.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -13,10 +14,13 @@ from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from data2vec_vision.images import Box, Picture
 from data2vec_vision.patches import patchify, unpatchify
 
-# One image -> its views, uint8 [3, h, w] each.
+# One image -> its views, uint8 [3, h, w] each. `Views` take pictures that are not decoded yet, too.
 ViewTransform = Callable[[Image.Image], list[Tensor]]
+
+ASPECT = (3 / 4, 4 / 3)  # width over height of a crop
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -119,17 +123,64 @@ def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
         return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
-class Views:
-    """One image -> a list of views, each drawn by its own transform: uint8 tensors [3, h, w].
+class View(nn.Module):
+    """A random crop of an image, resized, mirrored at times, and then given another look: -> uint8 [3, H, W].
 
-    The random numbers are torch's, `random`'s and numpy's global ones, seeded by the caller per image.
+    crop: the smallest and the largest share of the image's area that it keeps, in (0, 1]; flip: the probability of a
+    mirror image; look: transforms of a PIL image. Crops are distributed as torchvision's RandomResizedCrop draws them,
+    and resized by bicubic interpolation.
     """
 
-    def __init__(self, *transforms: nn.Module):
-        self.transforms = transforms
+    def __init__(
+        self, image_size: tuple[int, int], crop: tuple[float, float], flip: float = 0.0, look: Sequence[nn.Module] = ()
+    ):
+        super().__init__()
+        self.image_size, self.crop = image_size, crop
+        self.flip = flip
+        self.look = v2.Compose([v2.ToPILImage(), *look, v2.PILToTensor()]) if look else None
 
-    def __call__(self, image: Image.Image) -> list[Tensor]:
-        return [transform(image) for transform in self.transforms]
+    def box(self, size: tuple[int, int]) -> Box:
+        """What part of an image of (width, height) is shown: of random area and aspect, at a random place in it.
+
+        Where none of ten sizes fits, as in a panorama, it is as much of the middle as has an allowed aspect.
+        """
+        width, height = size
+        for _ in range(10):
+            share, slant, x, y = torch.rand(4, dtype=torch.float64).tolist()
+            area = width * height * (self.crop[0] + share * (self.crop[1] - self.crop[0]))
+            aspect = math.exp(math.log(ASPECT[0]) + slant * (math.log(ASPECT[1]) - math.log(ASPECT[0])))
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                return int(y * (height - h + 1)), int(x * (width - w + 1)), h, w
+        w = min(width, max(1, round(height * ASPECT[1])))
+        h = min(height, max(1, round(width / ASPECT[0])))
+        return (height - h) // 2, (width - w) // 2, h, w
+
+    def finished(self, crop: Tensor) -> Tensor:
+        """The resized crop, uint8 [3, H, W] -> the view."""
+        if self.flip and float(torch.rand(())) < self.flip:
+            crop = crop.flip(-1)
+        return (self.look(crop) if self.look else crop).contiguous()
+
+    def forward(self, image: Image.Image) -> Tensor:
+        return Views(self)(image)[0]
+
+
+class Views:
+    """One image -> a list of views, each drawn by its own `View`: uint8 tensors [3, h, w].
+
+    All crops are drawn first, so that the image is decoded once and no finer than they need. The random numbers are
+    torch's, `random`'s and numpy's global ones, seeded by the caller per image.
+    """
+
+    def __init__(self, *views: View):
+        self.views = views
+
+    def __call__(self, image: Image.Image | Picture) -> list[Tensor]:
+        picture = image if isinstance(image, Picture) else Picture(image)
+        boxes = [view.box(picture.size) for view in self.views]
+        crops = picture.crops(boxes, [view.image_size for view in self.views])
+        return [view.finished(crop) for view, crop in zip(self.views, crops, strict=True)]
 
 
 def augmentation(
@@ -137,17 +188,14 @@ def augmentation(
     crop: tuple[float, float] = (0.2, 1.0),
     flip: float = 0.5,
     color_jitter: float = 0.0,
-) -> v2.Compose:
-    """Random resized crop, flip and colour jitter of a PIL image: -> uint8 [3, H, W].
+) -> View:
+    """Random resized crop, flip and colour jitter of an image: -> uint8 [3, H, W].
 
     `crop` are the smallest and the largest share of the image's area that a crop keeps, in (0, 1]; `flip`
     the probability of a mirror image; `color_jitter` the strength of brightness, contrast and saturation.
     The jitter comes after the crop, where it costs the pixels of the view and not of the photo.
     """
-    steps = crop_and_flip(image_size, crop, flip)
-    if color_jitter:
-        steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
-    return v2.Compose([*steps, v2.PILToTensor()])
+    return View(image_size, crop, flip, [v2.ColorJitter(*3 * [color_jitter])] if color_jitter else [])
 
 
 def strong_augmentation(
@@ -158,27 +206,22 @@ def strong_augmentation(
     gray: float = 0.2,
     blur: float = 0.5,
     full_size: float = 224,
-) -> v2.Compose:
-    """The views of MSN and SwAV (from SimCLR): crop, flip, colour jitter, grey, blur: PIL image -> uint8 [3, H, W].
+) -> View:
+    """The views of MSN and SwAV (from SimCLR): crop, flip, colour jitter, grey, blur: an image -> uint8 [3, H, W].
 
     `color_jitter` is the strength s of jitter (0.8 s, 0.8 s, 0.8 s, 0.2 s), applied to 80 % of the views;
     `gray` and `blur` are probabilities. The radius of the blur is that of the papers, 0.1 to 2 pixels at
     224, in proportion to `full_size`, the side of the image that views are crops of.
     """
-    steps = crop_and_flip(image_size, crop, flip)
+    look: list[nn.Module] = []
     if color_jitter:
         s = color_jitter
-        steps.append(v2.RandomApply([v2.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)], p=0.8))
+        look.append(v2.RandomApply([v2.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)], p=0.8))
     if gray:
-        steps.append(v2.RandomGrayscale(gray))
+        look.append(v2.RandomGrayscale(gray))
     if blur:
-        steps.append(v2.RandomApply([RandomBlur(0.1 * full_size / 224, 2.0 * full_size / 224)], p=blur))
-    return v2.Compose([*steps, v2.PILToTensor()])
-
-
-def crop_and_flip(image_size: tuple[int, int], crop: tuple[float, float], flip: float) -> list[nn.Module]:
-    steps: list[nn.Module] = [v2.RandomResizedCrop(image_size, scale=crop, interpolation=v2.InterpolationMode.BICUBIC)]
-    return [*steps, v2.RandomHorizontalFlip(flip)] if flip else steps
+        look.append(v2.RandomApply([RandomBlur(0.1 * full_size / 224, 2.0 * full_size / 224)], p=blur))
+    return View(image_size, crop, flip, look)
 
 
 class RandomBlur(nn.Module):
