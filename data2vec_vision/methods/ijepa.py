@@ -5,32 +5,44 @@ section 3. Shapes: B batch, S patches, K context patches, M target blocks, Q pat
 the encoder, W of the predictor.
 
 What differs from the published code: the sampler's biases are mended (`multiblock` says which;
-`official_sampler=true` has them back), and the context has the same size whatever the batch.
+`official_sampler=true` has them back), and the context has the same size whatever the batch. And by default, because
+on small images the paper's setting learned nothing in runs of minutes (benchmarks/RESULTS.md): the target is that of
+data2vec 2.0, the mean of all feed-forward outputs less what the place tells, and a run from scratch begins with pixels;
+the encoder's first weights are MAE's; on small grids all patches outside the context are predicted at once instead of
+four blocks. `target_output=last center=false targets=blocks` is the paper's.
 """
 
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
-import torch
-from timm.layers import trunc_normal_
 from timm.models.vision_transformer import VisionTransformer
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from data2vec_vision.decoder import MaskedVisionTransformerDecoder, decoder_width, trunc_normal
-from data2vec_vision.ema import frozen_copy
 from data2vec_vision.errors import InputError
 from data2vec_vision.knobs import knob
-from data2vec_vision.masking import MaskSampler, largest_context, multiblock, multiblock_official, share
-from data2vec_vision.methods.base import Method, Output
+from data2vec_vision.masking import (
+    MaskSampler,
+    largest_context,
+    multiblock,
+    multiblock_official,
+    others,
+    random_keep,
+    share,
+)
+from data2vec_vision.methods.base import Output
+from data2vec_vision.methods.latent import MeanOfBlocks
 from data2vec_vision.patches import take
 from data2vec_vision.recipes import VIT_B, PaperRecipe
 from data2vec_vision.schedules import cosine
 from data2vec_vision.targets import at_least_fp32, layer_norm, target_health
 from data2vec_vision.transforms import Views, ViewTransform, augmentation
-from data2vec_vision.vit import fix_position
+from data2vec_vision.vit import initialize_as_mae
 
 SMALLEST_GRID = 4  # patches a side; below it a target block would be a single patch
+LARGE_GRID = 12  # patches a side, from which on blocks are predicted
 
 
 @dataclass(frozen=True)
@@ -50,11 +62,31 @@ class MultiBlockMasks:
         return {"keep": context, "query": targets}
 
 
-class IJEPA(Method):
+@dataclass(frozen=True)
+class PatchMasks:
+    """Draws {"keep": the context of one image, int64 [K], "query": all its other patches, int64 [1, Q]}."""
+
+    n_patches: int
+    n_context: int
+
+    def __call__(self, generator: Generator, shared: Generator) -> dict[str, Tensor]:
+        keep = random_keep(self.n_patches, self.n_context, generator)
+        return {"keep": keep, "query": others(keep, self.n_patches).unsqueeze(0)}
+
+
+class IJEPA(MeanOfBlocks):
     """I-JEPA (Assran et al. 2023): predict, from a block of patches, what a slow copy makes of four other blocks."""
 
     @dataclass(frozen=True)
-    class Config(Method.Config):
+    class Config(MeanOfBlocks.Config):
+        targets: Literal["auto", "blocks", "patches"] = knob(
+            "auto",
+            "what is predicted: blocks, or all patches outside the context; auto: below 12 a side patches",
+            paper="blocks",
+        )
+        target_output: Literal["ffn", "last"] = knob(
+            "ffn", "what of the teacher is predicted: the mean of all feed-forward outputs, or its last", paper="last"
+        )
         n_targets: int = knob(4, "target blocks an image", "[1, inf)", "4")
         context_ratio: float = knob(0.25, "share of the patches in the context", "(0, 1)", "about 0.25, by its batches")
         official_sampler: bool = knob(False, "sample blocks as the published code does, biases included", paper="true")
@@ -73,7 +105,9 @@ class IJEPA(Method):
         flip: float = knob(0.0, "probability of a mirror image", "[0, 1]", "0")
 
     # No clipping, and no decay at first but little: the published configuration.
-    recipe = MappingProxyType({"max_lr_at_256": 1e-3, "warmup_pct": 0.1, "weight_decay": 0.04, "clip_grad": 0.0})
+    recipe = MappingProxyType(
+        {"max_lr_at_256": 1e-3, "warmup_pct": 0.1, "weight_decay": 0.04, "clip_grad": 0.0, "tau_memory": 0.5}
+    )
     paper = PaperRecipe(
         "Assran et al. 2023, ViT-B/16, and facebookresearch/ijepa (configs of ViT-H/14)",
         options=VIT_B | dict(
@@ -81,27 +115,31 @@ class IJEPA(Method):
             beta=1.0, tau_initial=0.996, tau_end=1.0, tau_increase_pct=1.0
         ),
         knobs=dict(
-            n_targets=4, context_ratio=0.25, official_sampler=True, predictor_dim=384, predictor_depth=6,
-            weight_decay_end=0.4, crop_min=0.3, flip=0.0
+            targets="blocks", target_output="last", center=False, pixel_pct=0.0, n_targets=4, context_ratio=0.25,
+            official_sampler=True, predictor_dim=384, predictor_depth=6, weight_decay_end=0.4, crop_min=0.3, flip=0.0
         ),
         notes=(
-            "No configuration of a ViT-B was published. Epochs and warm-up are the paper's, where the code of "
-            "ViT-H/14 warms up for 40 of 300 epochs; the loss is the code's smooth L1, not the paper's L2; 6 "
-            "predictor blocks are the code's default. The rate is one-cycle instead of a linear warm-up and a cosine. "
-            "The official sampler cuts contexts to the shortest of a pass: with 128 images in a pass they are about "
-            "as long as the published ones."
+            "First weights are MAE's. No configuration of a ViT-B was published. Epochs and warm-up are the paper's, "
+            "where the code of ViT-H/14 warms up for 40 of 300 epochs; the loss is the code's smooth L1, not the "
+            "paper's L2; 6 predictor blocks are the code's default. The rate is one-cycle instead of a linear warm-up "
+            "and a cosine. The official sampler cuts contexts to the shortest of a pass: with 128 images in a pass "
+            "they are about as long as the published ones."
         ),
     )  # fmt: skip
     class_token = False
 
     def build(self) -> None:
         c, student = self.config, self.student
-        if min(student.grid) < SMALLEST_GRID:
+        small = min(student.grid) < LARGE_GRID and not c.official_sampler
+        self.in_blocks = c.targets == "blocks" or (c.targets == "auto" and not small)
+        if self.in_blocks and min(student.grid) < SMALLEST_GRID:
             rows, columns = student.grid
             raise InputError(
                 f"a grid of {rows} x {columns} patches is too small for the blocks of I-JEPA, which needs "
                 f"{SMALLEST_GRID} x {SMALLEST_GRID}; use a larger --image-size or a smaller --patch-size"
             )
+        if c.official_sampler and not self.in_blocks:
+            raise InputError("official_sampler=true draws blocks; leave out targets=patches")
         self.n_context = share(c.context_ratio, student.n_patches)
         W = c.predictor_dim or decoder_width(1 / 2, student.embed_dim, student.num_heads)
         depth = c.predictor_depth or max(1, student.depth // 2)
@@ -110,15 +148,17 @@ class IJEPA(Method):
         self.head = nn.Linear(W, student.embed_dim)
         self.embed.apply(trunc_normal)
         self.head.apply(trunc_normal)
-        self.teacher = frozen_copy(self.student)
-        self._refuse_masks_that_do_not_fit()
+        self.build_target(None, "block" if c.target_output == "last" else "ffn", "instance")
+        if self.in_blocks:
+            self._refuse_masks_that_do_not_fit()
+
+    @property
+    def prediction_head(self) -> nn.Linear:
+        return self.head
 
     @staticmethod
     def initialize(vit: VisionTransformer) -> None:
-        fix_position(vit)
-        trunc_normal_(vit.patch_embed.proj.weight, std=0.02)
-        if vit.patch_embed.proj.bias is not None:
-            nn.init.zeros_(vit.patch_embed.proj.bias)
+        initialize_as_mae(vit)
 
     def _refuse_masks_that_do_not_fit(self) -> None:
         """Raises InputError when the blocks asked for leave no context: now, rather than in a worker."""
@@ -136,11 +176,12 @@ class IJEPA(Method):
             )
 
     def describe(self) -> str:
-        c, predictor = self.config, self.predictor
+        c, predictor, S = self.config, self.predictor, self.student.n_patches
         context = "what they leave of a large block" if c.official_sampler else f"{self.n_context} patches"
+        targets = f"{c.n_targets} blocks" if self.in_blocks else "the others"
         return (
-            f"1 view an image; from {context} of {self.student.n_patches} a predictor of {predictor.dim} x "
-            f"{len(predictor.blocks)} tells what the teacher makes of {c.n_targets} blocks"
+            f"1 view an image; from {context} of {S} a predictor of {predictor.dim} x "
+            f"{len(predictor.blocks)} tells what the teacher makes of {targets}{self.beginning}"
         )
 
     def views(self) -> ViewTransform:
@@ -148,6 +189,8 @@ class IJEPA(Method):
 
     def masks(self) -> MaskSampler:
         c = self.config
+        if not self.in_blocks:
+            return PatchMasks(self.student.n_patches, self.n_context)
         return MultiBlockMasks(self.student.grid, c.n_targets, self.n_context, c.official_sampler)
 
     def training_step(self, views: list[Tensor], masks: dict[str, Tensor]) -> Output:
@@ -165,10 +208,11 @@ class IJEPA(Method):
         extras = {"prediction": prediction, "target": target, **masks}
         return Output(loss, encoded.tokens.detach().mean(dim=1), logs, extras)
 
-    @torch.no_grad()
-    def target(self, images: Tensor) -> Tensor:
-        """What the teacher makes of the whole images, each token layer-normed: [B, 3, H, W] -> [B, S, D]."""
-        return layer_norm(at_least_fp32(self.teacher.encode(images).tokens))
+    def latent(self, images: Tensor) -> Tensor:
+        if self.config.target_output == "ffn":
+            return super().latent(images)
+        y = at_least_fp32(self.teacher.encode(images).tokens)
+        return layer_norm(y if self.position_mean is None else self.position_mean(y))
 
     def weight_decay(self, first: float, progress: float) -> float:
         return cosine(first, self.config.weight_decay_end, progress)

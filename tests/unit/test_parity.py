@@ -181,7 +181,11 @@ def test_ijepa_is_that_of_transformers_and_lightly(tiny_vit):
     given = table("ijepa")
     vit = tiny_vit(**OF_TABLES, class_token=False, global_pool="avg")
     fix_position(vit)
-    method = with_formula(IJEPA(vit, n_targets=3, predictor_dim=12, predictor_depth=1))
+    method = with_formula(
+        IJEPA(
+            vit, targets="blocks", target_output="last", center=False, n_targets=3, predictor_dim=12, predictor_depth=1
+        )
+    )
     images, keep, query = (tensor(given[name]) for name in ("images", "keep", "query"))
     close(method.teacher.encode(images).tokens, given["features"])
     out = method(images, masks={"keep": keep, "query": query})

@@ -39,7 +39,7 @@ PAPERS = {
     ),
     "ijepa": (
         {"epochs": 600, "batch_size": 2048, "max_lr": 0.001, "warmup_pct": 15 / 600, "weight_decay": 0.04, "clip_grad": 0},
-        {"n_targets": 4, "context_ratio": 0.25, "official_sampler": True, "predictor_dim": 384, "predictor_depth": 6,
+        {"targets": "blocks", "target_output": "last", "center": False, "pixel_pct": 0.0, "n_targets": 4, "context_ratio": 0.25, "official_sampler": True, "predictor_dim": 384, "predictor_depth": 6,
          "beta": 1, "tau_initial": 0.996, "tau_end": 1, "tau_increase_pct": 1, "weight_decay_end": 0.4,
          "crop_min": 0.3, "flip": 0},
         (0.9, 0.999),

@@ -169,7 +169,7 @@ def test_only_long_runs_in_bf16_on_a_cpu_with_a_compiler_are_compiled(images):
 CALLS = {
     "data2vec": ([(16, 0)], [(16, 2)]),
     "data2vec2": ([(16, 0)], [(16, 2)]),
-    "ijepa": ([(16, 0)], [(16, 0)]),
+    "ijepa": ([(16, 0)], [(16, 2)]),
     "mae": ([(16, 0)], []),
     "msn": ([(16, 0), (8, 0)], [(16, 0)]),
     "swav": ([(16, 0), (8, 0)], []),
