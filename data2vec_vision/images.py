@@ -144,6 +144,8 @@ class Picture:
 
     def crops(self, boxes: Sequence[Box], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         """What is in each of the boxes, resized to (H, W) in `sizes` by bicubic interpolation: uint8 [3, H, W] each."""
+        if not boxes:
+            return []
         with explained():
             if self._pixels is None and self._is_jpeg:
                 shrink = min(min(box[2] / size[0], box[3] / size[1]) for box, size in zip(boxes, sizes, strict=True))

@@ -167,20 +167,22 @@ class View(nn.Module):
 
 
 class Views:
-    """One image -> a list of views, each drawn by its own `View`: uint8 tensors [3, h, w].
+    """One image -> a list of views, each drawn by its own transform: uint8 tensors [3, h, w].
 
-    All crops are drawn first, so that the image is decoded once and no finer than they need. The random numbers are
-    torch's, `random`'s and numpy's global ones, seeded by the caller per image.
+    A transform is a `View`, or anything that takes a PIL image. The crops of all `View`s are drawn first, so that the
+    image is decoded once and no finer than they need. The random numbers are torch's, `random`'s and numpy's global
+    ones, seeded by the caller per image.
     """
 
-    def __init__(self, *views: View):
-        self.views = views
+    def __init__(self, *transforms: nn.Module):
+        self.transforms = transforms
 
     def __call__(self, image: Image.Image | Picture) -> list[Tensor]:
         picture = image if isinstance(image, Picture) else Picture(image)
-        boxes = [view.box(picture.size) for view in self.views]
-        crops = picture.crops(boxes, [view.image_size for view in self.views])
-        return [view.finished(crop) for view, crop in zip(self.views, crops, strict=True)]
+        ours = [t for t in self.transforms if isinstance(t, View)]
+        crops = iter(picture.crops([t.box(picture.size) for t in ours], [t.image_size for t in ours]))
+        whole = picture.image() if len(ours) < len(self.transforms) else None
+        return [t.finished(next(crops)) if isinstance(t, View) else t(whole) for t in self.transforms]
 
 
 def augmentation(
