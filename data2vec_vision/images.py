@@ -104,6 +104,8 @@ def explained() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata that does not matter; what cannot be decoded raises
             yield
+    except Unreadable:
+        raise
     except Exception as error:
         raise Unreadable(why_unreadable(error)) from error
 
@@ -113,9 +115,9 @@ class Picture:
 
     `image` is Pillow's, opened but not loaded, and `file` what it was opened from, where that is at hand. The
     pixels are those of `as_seen`, but for two short cuts, both of JPEGs: one that needs no turning is decoded by
-    torchvision, which has the same decoder with less around it; and where all crops are at least REDUCE times as
-    large as twice what is made of them, the decoder itself makes the image smaller, by 2, 4 or 8. All methods raise
-    Unreadable. Not for use by two threads at once.
+    torchvision, which has the same decoder with less around it; and where all crops are much larger than what is made
+    of them, the decoder itself makes the image smaller, by 2, 4 or 8, so that it stays at least REDUCE times as large
+    as needed. All methods raise Unreadable. Not for use by two threads at once.
     """
 
     def __init__(self, image: Image.Image, file: BinaryIO | None = None):
@@ -166,12 +168,13 @@ class Picture:
         image = opened(self._file)
         image.draft(image.mode, (image.width // factor, image.height // factor))
         image = as_seen(image)
-        x, y = image.width / self.size[0], image.height / self.size[1]
+        # The last column and row may stand for fewer pixels than the others; turned, they come first.
+        x = image.width - self.size[0] / factor if self._turn in (2, 3, 6, 7) else 0.0
+        y = image.height - self.size[1] / factor if self._turn in (3, 4, 7, 8) else 0.0
         found = []
         for (top, left, height, width), (H, W) in zip(boxes, sizes):
-            right, bottom = min((left + width) * x, image.width), min((top + height) * y, image.height)
-            resized = image.resize((W, H), Image.Resampling.BICUBIC, box=(left * x, top * y, right, bottom))
-            found.append(pil_to_tensor(resized))
+            edges = (x + left / factor, y + top / factor, x + (left + width) / factor, y + (top + height) / factor)
+            found.append(pil_to_tensor(image.resize((W, H), Image.Resampling.BICUBIC, box=edges)))
         return found
 
 
