@@ -88,17 +88,6 @@ def views(source: ImageFolder, size: int, rounds: int, count: int) -> None:
         print(f"| all views of {name} | {spread(found, 0)} | |")
 
 
-def loader(folder: str, rounds: int, workers: int) -> None:
-    """Images/s of the training step, fed by nothing, of the loader alone and of both together, in turns."""
-    rows: dict[str, list[float]] = {}
-    for _ in range(rounds):
-        for cache in ("none", "ram"):
-            with tempfile.TemporaryDirectory() as out:
-                config = TrainConfig(input_path=folder, image_size=32, patch_size=4, hidden_dim=192, n_encoders=6, n_heads=3,
-                                     epochs=1, workers=workers, checkpoint_out_dir=out, cache=cache)  # fmt: skip
-                print(prepare(config))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["views", "loader", "extract"])

@@ -57,20 +57,20 @@ class TrainConfig:
 
     method: str = _method("data2vec", "A name (see `methods`), or a Python file that defines one.", metavar="NAME")
     recipe: str = _method("auto", "Ours, or that of the method's paper for a ViT-B.", choices=("auto", "paper"))
-    mask_erase_pct: float | None = _method(None, "Share of the image that is masked.", "(0, 1)", auto="the method's")
-    k: int | None = _method(None, "Number of top hidden states to regress.", "[1, inf)", auto="the method's")
+    mask_erase_pct: float | None = _method(None, "Masked share of the image.", "(0, 1)", auto="the method's")
+    k: int | None = _method(None, "Top states in the target.", "[1, inf)", auto="the method's")
     beta: float | None = _method(None, "Where smooth L1 turns from square to straight.", "[0, inf)", auto="the method's")
     tau_initial: float | None = _method(None, "Teacher's EMA factor at the start.", "[0, 1]", auto="the method's, or by the steps")
     tau_end: float | None = _method(None, "Teacher's EMA factor after its rise.", "[0, 1]", auto="the method's, or by the steps")
     tau_increase_pct: float | None = _method(None, "Share of the run in which tau rises.", "[0, 1]", auto="the method's")
     set: tuple[str, ...] = _method((), "Another knob of the method (see `methods`); can be repeated.", metavar="NAME=VALUE")
 
-    epochs: int | None = _optim(None, "Passes over the images.", "[1, inf)", auto="100 to 800, by the images")
-    batch_size: int | None = _optim(None, "Images in one forward pass, over all processes.", "[1, inf)", auto="64")
+    epochs: int | None = _optim(None, "Passes over the images.", "[1, inf)", auto="by their number")
+    batch_size: int | None = _optim(None, "Images in a pass, over all processes.", "[1, inf)", auto="64")
     grad_accum: int | None = _optim(None, "Forward passes in one step.", "[1, inf)", auto="1")
     max_lr: float | None = _optim(None, "Peak of the one-cycle learning rate.", "(0, inf)", auto="from the images a step")
-    warmup_pct: float | None = _optim(None, "Share of the run in which the rate rises.", "[0, 1)", auto="the method's")
-    weight_decay: float | None = _optim(None, "AdamW's weight decay, of matrices only.", "[0, inf)", auto="the method's")
+    warmup_pct: float | None = _optim(None, "Warm-up's share of the run.", "[0, 1)", auto="the method's")
+    weight_decay: float | None = _optim(None, "AdamW's decay of matrices.", "[0, inf)", auto="the method's")
     clip_grad: float | None = _optim(None, "Largest norm of a step's gradient; 0: no limit.", "[0, inf)", auto="the method's")
     seed: int = _optim(0, "Seed of everything random.", "[0, inf)")
 
@@ -93,6 +93,7 @@ class TrainConfig:
     compile: bool | None = _machine(None, "Compile the method with torch.compile.", auto="long runs in bf16 on a CPU")
     grad_checkpointing: bool = _machine(False, "Recompute activations in the backward pass: less memory, slower.")
     workers: int | None = _machine(None, "Processes that read images; 0: none beside the main one.", "[0, inf)", auto="from the cores")
+    cache: str = _machine("none", "Keep images decoded in memory, if they fit.", choices=("none", "ram"))
     debug: bool = _machine(False, "Show the traceback of an error.")
 
     @property

@@ -9,9 +9,9 @@ import os
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing.context import BaseContext
 
 import torch
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data2vec_vision.images import Unreadable
+from data2vec_vision.images import Picture, Unreadable
 from data2vec_vision.masking import MaskSampler, stack_masks
 from data2vec_vision.seeding import derive, generator, seeded
 from data2vec_vision.sources import ImageFolder, opened_picture
@@ -95,11 +95,15 @@ class Batch:
 
 
 class StreamDataset(Dataset):
-    """(position, image) -> Sample. An unreadable image is replaced by a function of its index."""
+    """(position, image) -> Sample. An unreadable image is replaced by a function of its index.
+
+    Images come from `opened`, which opens their files unless it is replaced.
+    """
 
     def __init__(self, source: ImageFolder, views: ViewTransform, masks: MaskSampler, seed: int, images_a_step: int):
         self.source, self.views, self.masks = source, views, masks
         self.seed, self.images_a_step = seed, images_a_step
+        self.opened: Callable[[int], AbstractContextManager[Picture]] = partial(opened_picture, source)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         position, index = key
@@ -115,7 +119,7 @@ class StreamDataset(Dataset):
             chosen = index if attempt == 0 else derive(index, attempt) % len(self.source)
             with seeded(self.seed, "views", position), one_thread():
                 try:
-                    with opened_picture(self.source, chosen) as picture:
+                    with self.opened(chosen) as picture:
                         if isinstance(self.views, Views):
                             return self.views(picture), bad
                         return self.views(picture.image()), bad

@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -115,6 +116,19 @@ def device_memory(device: torch.device) -> int:
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return 8 * 10**9
+
+
+def free_memory() -> int:
+    """The bytes of main memory that programs may still take; half of all where the system does not tell."""
+    free = []
+    if (meminfo := Path("/proc/meminfo")).exists():
+        values = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        if "MemAvailable" in values:
+            free.append(1024 * int(values["MemAvailable"].split()[0]))
+    group = Path("/sys/fs/cgroup")  # a container's own bound
+    if (group / "memory.max").exists() and (bound := (group / "memory.max").read_text().strip()) != "max":
+        free.append(max(0, int(bound) - int((group / "memory.current").read_text())))
+    return min(free, default=device_memory(torch.device("cpu")) // 2)
 
 
 def set_fused_attention(model: nn.Module, fused: bool) -> None:

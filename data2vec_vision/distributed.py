@@ -22,6 +22,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
+def local_processes() -> int:
+    """How many of the processes run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", processes()))
+
+
 def local_rank() -> int:
     """This process's number on its machine: the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", 0))

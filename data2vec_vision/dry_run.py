@@ -75,7 +75,7 @@ def seconds_to_compute(job: Job) -> float:
     """Seconds of one step without its data, measured on a copy of the run that loads in this process."""
     first = job.first_step
     job.method.skip_beginning()
-    short = dataclasses.replace(job, config=dataclasses.replace(job.config, workers=0))
+    short = dataclasses.replace(job, config=dataclasses.replace(job.config, workers=0, cache="none"))
     optimizer, scaler = optimizer_and_scaler(short)
     start, seconds = time.perf_counter(), 0.0
     for step in training_steps(short, optimizer, scaler):

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2.functional import pil_to_tensor, resized_crop_image
+from torchvision.transforms.v2.functional import pil_to_tensor, resized_crop_image, to_pil_image
 
 from data2vec_vision.errors import one_line
 
@@ -139,10 +139,24 @@ class Picture:
                 return cls(Image.open(file, formats=["JPEG", "MPO"]), file)
             return cls(opened(file), file)
 
+    @classmethod
+    def decoded(cls, pixels: Tensor) -> "Picture":
+        """The picture of pixels at hand: uint8 [3, height, width]."""
+        picture = cls.__new__(cls)
+        picture._pixels, picture._is_jpeg, picture.size = pixels, False, (pixels.shape[2], pixels.shape[1])
+        return picture
+
     def image(self) -> Image.Image:
         """All of it."""
         with explained():
-            return as_seen(self._image)
+            return to_pil_image(self._pixels) if self._pixels is not None else as_seen(self._image)
+
+    def pixels(self) -> Tensor:
+        """All of it, as crops are made of: uint8 [3, height, width]."""
+        with explained():
+            if self._pixels is None:
+                self._pixels = self._decoded()
+            return self._pixels
 
     def crops(self, boxes: Sequence[Box], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         """What is in each of the boxes, resized to (H, W) in `sizes` by bicubic interpolation: uint8 [3, H, W] each."""
@@ -153,9 +167,8 @@ class Picture:
                 shrink = min(min(box[2] / size[0], box[3] / size[1]) for box, size in zip(boxes, sizes, strict=True))
                 if factor := next((k for k in (8, 4, 2) if k * REDUCE <= shrink), None):
                     return self._reduced_crops(factor, boxes, sizes)
-            if self._pixels is None:
-                self._pixels = self._decoded()
-            return [resized_crop_image(self._pixels, *box, list(size), BICUBIC) for box, size in zip(boxes, sizes)]
+            pixels = self.pixels()
+            return [resized_crop_image(pixels, *box, list(size), BICUBIC) for box, size in zip(boxes, sizes)]
 
     def _decoded(self) -> Tensor:
         if self._is_jpeg and self._turn == 1 and torchvision_reads_jpeg():

@@ -3,6 +3,7 @@
 import errno
 import shlex
 import shutil
+import statistics
 import textwrap
 import time
 from collections import Counter
@@ -12,12 +13,12 @@ import torch
 
 from data2vec_vision import distributed
 from data2vec_vision.config import flag
-from data2vec_vision.device import device_name
+from data2vec_vision.device import cores, device_name, free_memory
 from data2vec_vision.errors import one_line
 from data2vec_vision.plan import Job
 from data2vec_vision.recipes import compared, packed
 from data2vec_vision.run import BadFiles, command, duration, plural, size
-from data2vec_vision.sources import ImageFolder
+from data2vec_vision.sources import ImageFolder, sizes_of_some
 from data2vec_vision.vit import forward_flops
 
 # Of what `resolve` chose, what the plan prints with its reason.
@@ -153,6 +154,19 @@ def estimate(job: Job, left: float) -> str:
     """When the run will end; on a CPU that takes long also a setting that would take less."""
     end = time.strftime("%H:%M" if left < 12 * 3600 else "%a %d %b %H:%M", time.localtime(time.time() + left))
     return "\n".join(filter(None, (f"About {duration(left)} to go, until {end}.", advice_if_long(job, left))))
+
+
+def slow_loading(job: Job, share: float) -> str:
+    """What to change where so large a share of the time is spent waiting for images: the first that may help first."""
+    config, most = job.config, max(1, cores() // distributed.local_processes())
+    ways = [f"--workers {most}"] if config.workers < most else []
+    sides = [min(sizes) for sizes in sizes_of_some(job.source, 16)]
+    if sides and config.cache == "none" and 3 * statistics.median(sides) ** 2 * len(job.source) < free_memory() / 4:
+        ways.append("--cache ram")
+    if sides and statistics.median(sides) > 3 * config.image_size:
+        ways.append(f"images made smaller beforehand, to a short side of about {2 * config.image_size} px")
+    ways = ways or ["a faster disk, or a machine with more cores"]
+    return f"Waiting for images takes {share:.0%} of the time. Faster: {', or '.join(ways)}.".replace("%", " %")
 
 
 def advice_if_long(job: Job, left: float) -> str:

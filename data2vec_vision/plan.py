@@ -46,6 +46,7 @@ MAY_DIFFER = {
     "input_path",
     "device",
     "workers",
+    "cache",
     "compile",
     "grad_checkpointing",
     "save_every",

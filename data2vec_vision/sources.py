@@ -9,7 +9,7 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -199,6 +199,15 @@ def opened_picture(source: ImageFolder, index: int) -> Iterator[Picture]:
         file = source.open(index)
     with file:
         yield Picture.of(file)
+
+
+def sizes_of_some(source: ImageFolder, count: int) -> list[tuple[int, int]]:
+    """(width, height) of up to `count` images from all over the source, by their headers; not of unreadable ones."""
+    found = []
+    for index in range(0, len(source), -(-len(source) // count)):
+        with suppress(Unreadable), opened_picture(source, index) as picture:
+            found.append(picture.size)
+    return found
 
 
 def read_image(source: ImageFolder, index: int) -> Image.Image | str:

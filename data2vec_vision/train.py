@@ -19,20 +19,23 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data2vec_vision import checkpoint, distributed
+from data2vec_vision.ramcache import RamCache, fill
 from data2vec_vision.config import TrainConfig, not_default
 from data2vec_vision.data import Batch, MicroBatches, Stream, StreamDataset, make_loader
-from data2vec_vision.device import fast_products
+from data2vec_vision.device import fast_products, free_memory
 from data2vec_vision.errors import InputError, RunFailed, Stopped, one_line
-from data2vec_vision.messages import describe, estimate, failure, farewell, go_on
+from data2vec_vision.messages import describe, estimate, failure, farewell, go_on, slow_loading
 from data2vec_vision.methods.base import Output
 from data2vec_vision.monitor import WINDOW, health, health_sums, on_host
 from data2vec_vision.online import Onlooker
 from data2vec_vision.plan import Job, prepare, restore
-from data2vec_vision.run import BadFiles, Progress, RunFolder, caught_signals, say
+from data2vec_vision.run import BadFiles, Progress, RunFolder, caught_signals, duration, plural, say, size
 from data2vec_vision.seeding import generator, seed_device
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ESTIMATE_AFTER = 20  # steps
+STEADY = 2 * ESTIMATE_AFTER  # steps after which the loader has got going
+SLOW_LOADING = 0.3  # share of the time spent waiting for images that is worth a word
 SKIPS_IN_A_ROW = 100  # so many steps without a finite gradient end the run
 
 
@@ -51,7 +54,9 @@ class Step:
     scheduled: dict[str, float]  # what the method changes in the course of a run, in this step
 
 
-def training_steps(job: Job, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> Iterator[Step]:
+def training_steps(
+    job: Job, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, cache: RamCache | None = None
+) -> Iterator[Step]:
     """Train, from the job's first step to its last; yields after each."""
     config, method, device, schedule = job.config, job.method, job.device, job.schedule
     rank, autocast = distributed.rank(), config.precision != "fp32"
@@ -59,7 +64,7 @@ def training_steps(job: Job, optimizer: torch.optim.Optimizer, scaler: torch.amp
     # A compiler chooses for itself, and what is computed again in the backward pass has to be computed the same way.
     alike = config.compile or config.grad_checkpointing
     products = contextlib.nullcontext() if alike else fast_products(device, config.precision)
-    batches = iter(loader(job))
+    batches = iter(loader(job, cache))
     method.train()
     for step in range(job.first_step, schedule.total_steps):
         lr, phase = schedule.lr(step), method.phase
@@ -174,9 +179,10 @@ def watch(job: Job, folder: RunFolder, onlooker: Onlooker) -> None:
     window, progress = Window(job), Progress(job.first_step, total)
     onlooker.start()
     bad_files = BadFiles(job.source, folder.path, resumed=job.restored is not None)
+    cache, told = filled_cache(job), False
     saved, estimate_at = time.monotonic(), job.first_step + ESTIMATE_AFTER
     with caught_signals() as signals, contextlib.closing(progress):
-        for step in training_steps(job, optimizer, scaler):
+        for step in training_steps(job, optimizer, scaler, cache):
             left = progress.step(step.number)
             window.add(step)
             bad_files.add(distributed.union(step.bad))
@@ -190,6 +196,9 @@ def watch(job: Job, folder: RunFolder, onlooker: Onlooker) -> None:
                 record |= {"bad_files": len(bad_files), **window.read_health(step.number)}
                 onlooker.log(record)
                 progress.show(record, left)
+                if record["data_wait"] > SLOW_LOADING and not told and step.number >= job.first_step + STEADY:
+                    say(slow_loading(job, record["data_wait"]))
+                    told = True
             if step.number == estimate_at and step.number < total:
                 say(estimate(job, left))
             if job.method.phase != step.phase:  # the steps to come take another time, and mean something else
@@ -317,10 +326,29 @@ def optimizer_and_scaler(job: Job) -> tuple[torch.optim.Optimizer, torch.amp.Gra
     return optimizer, scaler
 
 
-def loader(job: Job) -> Iterable[Batch]:
+def filled_cache(job: Job) -> RamCache | None:
+    """The decoded images where they are to be kept; else None, and None, which is said, where they do not fit."""
+    if job.config.cache != "ram":
+        return None
+    limit = free_memory() / 2 / distributed.local_processes()
+    cache = fill(job.source, job.config.workers, limit)
+    if isinstance(cache, int):
+        say(
+            f"--cache ram: the images take about {size(cache)} decoded, which is more than half of the free memory; "
+            "they are read from their files"
+        )
+        return None
+    images, taken = plural(len(job.source), "image", "images"), size(cache.nbytes)
+    say(f"Cached   {images} in {taken} of memory, decoded in {duration(cache.seconds)}")
+    return cache
+
+
+def loader(job: Job, cache: RamCache | None = None) -> Iterable[Batch]:
     """The batches of all steps that are left."""
     config = job.config
     dataset = StreamDataset(job.source, job.method.views(), job.method.masks(), config.seed, config.images_a_step)
+    if cache is not None:
+        dataset.opened = cache.opened
     batches = MicroBatches(
         Stream(len(job.source), config.seed),
         config.batch_size,

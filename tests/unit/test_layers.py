@@ -34,6 +34,7 @@ MODELS_AND_DATA = [
     "sources",
     "survey",
     "data",
+    "ramcache",
     "checkpoint",
     "pictures",
 ]
