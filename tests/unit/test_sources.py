@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data2vec_vision import sources as sources_module
+from data2vec_vision import folders as folders_module
 from data2vec_vision.errors import InputError
 from data2vec_vision.images import decode, image_suffixes
 from data2vec_vision.sources import ImageFolder, ImageList, open_source, read_image
@@ -214,7 +214,7 @@ def test_a_list_can_hold_names_that_are_no_unicode(tmp_path):
 def test_a_list_is_buffers_too_and_a_sorted_one_is_never_held_as_lines(tmp_path, monkeypatch):
     touch(tmp_path, *(f"{n:03}.png" for n in range(100)))
     text = "".join(f"{n:03}.png\n" for n in range(100))
-    monkeypatch.setattr(sources_module, "sorted", None, raising=False)
+    monkeypatch.setattr(folders_module, "in_order", None)
     source = listed(tmp_path, text)
     assert len(pickle.dumps(source)) < 100 * 20 + 1500
     assert names(pickle.loads(pickle.dumps(source))) == text.split()
@@ -263,5 +263,5 @@ def test_files_passed_over_are_counted_by_suffix_and_the_suffixes_are_bounded(tm
     for name in ("a.txt", "b.TXT", "c.csv", "README", "scan.1", "scan.2"):
         (tmp_path / name).write_text("x")
     assert ImageFolder(tmp_path).skipped == {".txt": 2, ".csv": 1, "": 1, ".1": 1, ".2": 1}
-    monkeypatch.setattr(sources_module, "SUFFIXES", 2)
+    monkeypatch.setattr(folders_module, "SUFFIXES", 2)
     assert ImageFolder(tmp_path).skipped.total() == 6 and len(ImageFolder(tmp_path).skipped) == 3
