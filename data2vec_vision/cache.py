@@ -47,7 +47,7 @@ def indexed(path: str) -> tuple[Index, Counter[str], tuple[int, int]]:
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not there, or damaged
     if now[0] > LARGE:
-        say_once(f"Looking through {path}, which is done once.")
+        say_once("Looking through archives that are new; what they hold is kept for the next time.")
     index, skipped = (tables.rows if path.lower().endswith(tables.SUFFIXES) else archives.members)(path)
     if archives.stamp(path) != now:
         raise InputError(f"{path} changes while it is read; wait until it is complete")

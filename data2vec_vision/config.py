@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -116,9 +117,11 @@ OF_THE_CALL = (
 )  # fmt: skip
 
 
-def inputs_of(given: str | Sequence[str]) -> tuple[str, ...]:
+def inputs_of(given: str | os.PathLike[str] | Sequence[str]) -> tuple[str, ...]:
     """INPUT_PATH, one or several, as a tuple; empty where there is none."""
-    return (given,) * bool(given) if isinstance(given, str) else tuple(given)
+    if isinstance(given, str | os.PathLike):
+        return (os.fspath(given),) if given else ()
+    return tuple(given)
 
 
 def one_or_several(paths: Sequence[str]) -> str | tuple[str, ...]:

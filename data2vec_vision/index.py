@@ -59,7 +59,7 @@ class Index:
     @classmethod
     def joined(cls, parts: list["Index"]) -> "Index":
         """The names of all parts, one part after the other."""
-        starts = np.cumsum([0, *(part.ends[-1] for part in parts)])
+        starts = np.cumsum([0, *(part.ends[-1] for part in parts)], dtype=np.int64)
         ends = np.concatenate([part.ends[:-1] + start for part, start in zip(parts, starts)] + [starts[-1:]])
         names = np.concatenate([part.names for part in parts])
         return cls(ends, names, np.concatenate([part.members for part in parts]))
@@ -141,7 +141,9 @@ class Index:
             descriptor, path = tempfile.mkstemp(".index", "data2vec_vision-")
             weakref.finalize(self, _remove, path, os.getpid())
             with open(descriptor, "wb") as file:
-                self._file = path, self.write(file, {})
+                self.write(file, {})
+            mapped, _ = Index.read(path)  # here too, so that this process need not keep a copy
+            self.__dict__.update(mapped.__dict__)
         return self._file[0]
 
 

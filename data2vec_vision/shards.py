@@ -4,12 +4,14 @@ import glob
 import itertools
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from typing import BinaryIO
 
 import numpy as np
+from tqdm import tqdm
 
 from data2vec_vision import archives, tables
 from data2vec_vision.cache import SUFFIXES, indexed, say_once
@@ -45,12 +47,14 @@ class Archives(ImageFolder):
         self.skipped = Counter()
         parts = []
         self._stamps = []
-        for shard in range(len(self._shards)):
+        quiet = not sys.stderr.isatty() or len(self._shards) == 1
+        shards = tqdm(range(len(self._shards)), "looking through", unit="archive", leave=False, delay=2, disable=quiet)
+        for shard in shards:
             index, skipped, stamp = indexed(self._archive(shard))
             parts.append(index)
             self._stamps.append(stamp)
             self.skipped += skipped
-        self._starts = np.cumsum([0, *map(len, parts)])
+        self._starts = np.cumsum([0, *map(len, parts)], dtype=np.int64)
         self._index = parts[0] if len(parts) == 1 else Index.joined(parts)
         if len(self) == 0:
             shown = self.root if base is None else f"the {len(parts):,} archives in {self.root}"

@@ -69,7 +69,7 @@ class Several(ImageFolder):
         self.root = os.getcwd()
         self.are_files = all(source.are_files for source in self.sources)
         self.skipped = sum((source.skipped for source in self.sources), Counter())
-        self._starts = np.cumsum([0, *map(len, self.sources)])
+        self._starts = np.cumsum([0, *map(len, self.sources)], dtype=np.int64)
 
     @staticmethod
     def _prefix(path: str) -> str:
