@@ -12,7 +12,6 @@ normalise them, as they are used; ours are bytes, normalised on the device. Belo
 """
 
 import argparse
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,9 +24,7 @@ from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms import v2
 
 from data2vec_vision import methods
-from data2vec_vision.config import TrainConfig
 from data2vec_vision.cpu import keep_freed_memory
-from data2vec_vision.plan import prepare
 from data2vec_vision.sources import ImageFolder, open_source, opened_picture
 from data2vec_vision.transforms import IMAGENET_MEAN, IMAGENET_STD, Views, augmentation
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from data2vec_vision.config import GROUPS, TrainConfig, field_type, fields, flag, read_config
+from data2vec_vision.config import GROUPS, TrainConfig, field_type, fields, flag, one_or_several, read_config
 from data2vec_vision.errors import InputError, RunFailed, Stopped
 
 
@@ -82,12 +82,14 @@ def cli() -> None:
 
 @click.pass_context
 def train_command(ctx: click.Context, **values: Any) -> None:
-    """Pretrain on the images below the folder INPUT_PATH, or on those that a .txt file INPUT_PATH lists.
+    """Pretrain on images: folders, lists (.txt, .csv), archives (.zip, .tar, .parquet), folders or 'patterns' of
+    archives, and what save_to_disk wrote.
 
     \b
     python -m data2vec_vision train photos/
     python -m data2vec_vision train photos/ --image-size 32 --patch-size 4 --hidden-dim 192 --n-encoders 6
     """
+    values["input_path"] = one_or_several(values["input_path"])
     typed = {
         name: value
         for name, value in values.items()
@@ -109,7 +111,7 @@ cli.add_command(
     GroupedCommand(
         "train",
         callback=train_command,
-        params=[click.Argument(["input_path"], default="", metavar="INPUT_PATH"), *map(train_option, fields())],
+        params=[click.Argument(["input_path"], nargs=-1, metavar="INPUT_PATH..."), *map(train_option, fields())],
         help=train_command.__doc__,
     )
 )
@@ -117,7 +119,7 @@ cli.add_command(
 
 @cli.command()
 @click.argument("checkpoint")
-@click.argument("input_path")
+@click.argument("input_path", nargs=-1, required=True)
 @click.option("--output", required=True, metavar="FILE", help=OUTPUT)
 @click.option("--pool", type=click.Choice(["mean", "cls", "patch", "grid"]), help=POOL)
 @click.option("--layer", type=int, metavar="N", help=LAYER)
@@ -136,8 +138,8 @@ cli.add_command(
     "--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Of the forward pass."
 )
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def extract(checkpoint: str, input_path: str, output: str, debug: bool, **options: Any) -> None:
-    """Write the features of the images below INPUT_PATH, by the encoder in the file CHECKPOINT.
+def extract(checkpoint: str, input_path: tuple[str, ...], output: str, debug: bool, **options: Any) -> None:
+    """Write the features of the images of INPUT_PATH, as `train` takes it, by the encoder in the file CHECKPOINT.
 
     \b
     python -m data2vec_vision extract student_99.pt photos/ --output features.npz
@@ -201,7 +203,7 @@ def export(checkpoint: str, output: str, format: str, debug: bool, **options: An
 
 
 @cli.command()
-@click.argument("input_path")
+@click.argument("input_path", nargs=-1, required=True)
 @click.option("--json", metavar="FILE", help="Write all that was found, with all names, to this .json file.")
 @click.option("--write-list", metavar="FILE", help="Write the clean list, a .txt file that `train` takes.")
 @click.option("--keep-duplicates", is_flag=True, help="Keep exact copies in the list.")
@@ -209,8 +211,8 @@ def export(checkpoint: str, output: str, format: str, debug: bool, **options: An
 @click.option("--picture", metavar="FILE", help="Draw examples of duplicates, to judge them, to this .png file.")
 @click.option("--workers", type=click.IntRange(0), help="Processes that read images.  [default: one a core]")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def scan(input_path: str, debug: bool, **options: Any) -> None:
-    """Look at all images below INPUT_PATH: unreadable ones, duplicates, sizes, speed, and settings to train with.
+def scan(input_path: tuple[str, ...], debug: bool, **options: Any) -> None:
+    """Look at all images of INPUT_PATH, as `train` takes it: what is unreadable or double, sizes, speed, settings.
 
     \b
     python -m data2vec_vision scan photos/

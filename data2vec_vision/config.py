@@ -7,8 +7,9 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,7 @@ _images, _model, _method, _optim, _output, _machine = (partial(_option, group) f
 class TrainConfig:
     """The settings of a run. None is `auto`: `resolve` fills it in from the data and the machine."""
 
-    input_path: str = ""
+    input_path: str | tuple[str, ...] = ""  # a tuple where there are several
 
     image_size: int | None = _images(None, "Side of the square views, in pixels.", "[1, inf)", auto="the model's own, 224")
 
@@ -97,6 +98,11 @@ class TrainConfig:
     debug: bool = _machine(False, "Show the traceback of an error.")
 
     @property
+    def inputs(self) -> tuple[str, ...]:
+        """The paths of the images, however many."""
+        return inputs_of(self.input_path)
+
+    @property
     def images_a_step(self) -> int:
         """Of a configuration in which batch size and accumulation are no longer on auto."""
         return self.batch_size * self.grad_accum
@@ -110,6 +116,18 @@ SIZES = ("patch_size", "hidden_dim", "n_encoders", "n_heads")
 OF_THE_CALL = (
     "checkpoint_out_dir", "resume_checkpoint", "allow_changed_images", "config", "dry_run", "debug",
 )  # fmt: skip
+
+
+def inputs_of(given: str | os.PathLike[str] | Sequence[str]) -> tuple[str, ...]:
+    """INPUT_PATH, one or several, as a tuple; empty where there is none."""
+    if isinstance(given, str | os.PathLike):
+        return (os.fspath(given),) if given else ()
+    return tuple(given)
+
+
+def one_or_several(paths: Sequence[str]) -> str | tuple[str, ...]:
+    """INPUT_PATH as TrainConfig has it: a single one is no tuple."""
+    return tuple(paths) if len(paths) > 1 else "".join(paths)
 
 
 def default_epochs(n_images: int) -> int:
@@ -246,6 +264,8 @@ def from_json(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         kind = field_type(name)
         if name == "set" and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
             value = tuple(value)
+        elif name == "input_path" and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+            value = one_or_several(value)
         elif kind is float and type(value) is int:
             value = float(value)
         elif not (type(value) is kind or (value is None and known[name].default is None)):
@@ -274,6 +294,16 @@ class Facts:
     compiler: bool = False  # whether there is one for torch.compile on the device
     steps: int | None = None  # of the run, where they are not those of its epochs
     pretrained: bool = False  # whether the encoder has trained weights
+
+
+def name_of(inputs: Sequence[str]) -> str:
+    """What to call the images at these paths: photos, or photos-and-2-more; by a pattern, the folder that it is about."""
+    path = Path(inputs[0] if inputs else "")
+    while any(sign in path.name for sign in "*?[{") and not path.exists():
+        path = path.parent
+    path = path.resolve()
+    name = (path.stem if path.is_file() else path.name) or "images"
+    return name + (f"-and-{len(inputs) - 1}-more" if len(inputs) > 1 else "")
 
 
 def steps_per_epoch(config: TrainConfig, n_images: int) -> int:
@@ -346,7 +376,5 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, dict[str, s
     pays = facts.device == "cpu" and values.get("precision", config.precision) == "bf16" and facts.compiler
     long = work > LONG_WORK * facts.cores
     fill("compile", pays and long, "a long run on a CPU")
-    images = Path(config.input_path).resolve()
-    name = (images.stem if images.is_file() else images.name) or "images"
-    fill("checkpoint_out_dir", str(Path("runs") / f"{name}-{Path(config.method).stem}"), "")
+    fill("checkpoint_out_dir", str(Path("runs") / f"{name_of(config.inputs)}-{Path(config.method).stem}"), "")
     return dataclasses.replace(config, **values), reasons

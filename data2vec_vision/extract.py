@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from data2vec_vision import distributed
 from data2vec_vision.checkpoint import TRAINING, atomic_write, check_place, load_encoder, refuse_overwriting
+from data2vec_vision.config import inputs_of
 from data2vec_vision.data import start_worker
 from data2vec_vision.device import (
     cores,
@@ -37,7 +38,7 @@ ENOUGH = 64  # rows of which none is finite: the encoder is broken, not an image
 
 def extract(
     checkpoint: str,
-    input_path: str,
+    input_path: str | Sequence[str],
     output: str,
     pool: str | None = None,
     layer: int | None = None,
@@ -48,7 +49,7 @@ def extract(
     precision: str = "fp32",
     resume: bool = False,
 ) -> None:
-    """Write the features of all images below `input_path` to `output`, in the sorted order of their paths.
+    """Write the features of all images of `input_path`, one or several, to `output`, in the order of their names.
 
     The suffix of `output` is one of writers.FORMATS. Features are float32 [N, D], [N, S, D] with the pool "patch", or
     [N, rows, columns, D] with "grid"; paths are relative, with forward slashes. `layer` takes the output of a block
@@ -60,14 +61,14 @@ def extract(
     `resume` goes on with them: the output is that of a run without a stop, on the CPU bit for bit.
     """
     target = check_output(output, pool)
-    refuse_overwriting("--output", target, checkpoint, input_path)
+    refuse_overwriting("--output", target, checkpoint, *(inputs := inputs_of(input_path)))
     where = find_device(device)
     model, content = load_encoder(checkpoint, "cpu", encoder)
     pool = pool or model.pool
     if pool not in ("patch", "grid"):
         model.check_pool(pool)
     layer = block_number(layer, model.depth)
-    source = open_source(input_path)
+    source = open_source(inputs)
     about = {
         "method": content["method"],
         "checkpoint": checkpoint,
@@ -95,7 +96,7 @@ def extract(
             pin, start = where.type == "cuda", partial.progress.images
             loader = image_loader(source, model.transform, batch_size, workers, pin, start)
             compute_rows(partial, compute, loader, len(source), stop)
-            refuse_useless(partial, model, checkpoint, input_path)
+            refuse_useless(partial, model, checkpoint, ", ".join(inputs))
             write_output(partial, source, about, stop)
     except OSError as error:
         kept = f"; then {GO_ON}" if partial.notes.exists() else ""

@@ -1,7 +1,7 @@
 """What a scan found: which images to keep, what settings they suggest, a table for people and JSON for programs."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ class Findings:
     """A scan of the images of `source`. Indices are those of `source`."""
 
     source: ImageFolder
-    input_path: str
+    inputs: tuple[str, ...]  # the paths that it was opened by
     survey: Survey
     copies: list[np.ndarray]  # groups of images whose files are equal
     alike: list[tuple[int, np.ndarray, np.ndarray]]  # the first of a group, the others, and their differing bits
@@ -49,8 +49,8 @@ class Findings:
 
     @property
     def needs_a_list(self) -> bool:
-        """Whether so many images cannot be read that `train` would end on the folder as it is."""
-        return len(self.survey.bad) > BAD_SHARE * len(self.source)
+        """Whether so many images cannot be read that `train` would end on them as they are, and a list would help."""
+        return self.source.are_files and len(self.survey.bad) > BAD_SHARE * len(self.source)
 
     @property
     def sides(self) -> tuple[np.ndarray, np.ndarray]:
@@ -104,15 +104,15 @@ def suggest(short_side: int, n_images: int, device: str, memory: int) -> tuple[d
     return options, {"image-size": why, "batch-size": bound}
 
 
-def train_command(path: str, options: dict[str, int]) -> str:
-    return command("train", path, *(word for name, value in options.items() for word in (f"--{name}", value)))
+def train_command(paths: Sequence[str], options: dict[str, int]) -> str:
+    return command("train", *paths, *(word for name, value in options.items() for word in (f"--{name}", value)))
 
 
 def table(found: Findings) -> Iterator[tuple[str, str]]:
     """Titles and lines, the most important first; an empty title goes on with the one before."""
     survey, source = found.survey, found.source
     n, readable = len(source), len(survey.readable)
-    yield "Images", f"{n:,} in {found.input_path}, {size(survey.bytes)}"
+    yield "Images", f"{n:,} in {', '.join(found.inputs)}, {size(survey.bytes)}"
     if source.skipped:
         kinds = ", ".join(f"{suffix or 'no suffix'} {count:,}" for suffix, count in source.skipped.most_common(5))
         yield "", f"{plural(source.skipped.total(), 'file', 'files')} beside them that are no images: {kinds}"
@@ -202,7 +202,7 @@ def to_json(found: Findings, options: dict[str, int], train: str) -> dict[str, A
     survey, name = found.survey, found.source.name
     mean, std = survey.mean_std()
     return {
-        "input": found.input_path,
+        "input": found.inputs[0] if len(found.inputs) == 1 else list(found.inputs),
         "images": len(found.source),
         "readable": len(survey.readable),
         "bytes": survey.bytes,
@@ -238,10 +238,10 @@ def advice(found: Findings, written: Mapping[str, str]) -> Iterator[tuple[str, s
     """What to do next about what was found, but for the outputs, by option, that were `written` already."""
     left_out = (len(found.survey.bad), "unreadable"), (found.exact_copies, "copies")
     if found.near_duplicates and "--picture" not in written:
-        yield "To judge", f"{command('scan', found.input_path, '--picture', 'alike.png')}   # what looks alike"
-    if any(count for count, _ in left_out) and "--write-list" not in written:
+        yield "To judge", f"{command('scan', *found.inputs, '--picture', 'alike.png')}   # what looks alike"
+    if any(count for count, _ in left_out) and "--write-list" not in written and found.source.are_files:
         what = " and ".join(f"{count:,} {word}" for count, word in left_out if count)
-        yield "To clean", f"{command('scan', found.input_path, '--write-list', CLEAN)}   # leaves out {what}"
+        yield "To clean", f"{command('scan', *found.inputs, '--write-list', CLEAN)}   # leaves out {what}"
 
 
 def shown(name: str) -> str:

@@ -4,12 +4,14 @@ import csv
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from data2vec_vision.errors import InputError, one_line
-from data2vec_vision.sources import ImageFolder, ImageList
+from data2vec_vision.shards import Archives
+from data2vec_vision.sources import ImageFolder, ImageList, Several
 
 UNLABELLED = -1
 PARTS = {"train", "training", "test", "testing", "val", "valid", "validation"}  # of a data set: no classes
@@ -59,12 +61,23 @@ def _names(source: ImageFolder) -> Iterator[str]:
 
 
 def _below_what_they_share(source: ImageFolder) -> Iterator[str]:
-    """The names of a folder; of a list, without the folders that all of its images lie in."""
+    """The names of a folder; of a list, and within archives, without the folders that all of its images lie in."""
+    if isinstance(source, Several):
+        return chain.from_iterable(map(_below_what_they_share, source.sources))
+    if isinstance(source, Archives):
+        return _below_what_members_share(source)
     if not isinstance(source, ImageList):
         return _names(source)
     shared = os.path.commonpath([os.path.join(source.root, name) for name in _names(source)])
     shared = os.path.dirname(shared) if len(source) == 1 else shared
     return (os.path.relpath(os.path.join(source.root, name), shared).replace(os.sep, "/") for name in _names(source))
+
+
+def _below_what_members_share(source: Archives) -> Iterator[str]:
+    folders = {os.path.dirname(name) for name in source.inner_names()}
+    shared = os.path.commonpath(folders)
+    shared = os.path.dirname(shared) if len(folders) == 1 else shared  # of one class only
+    return (name[len(shared) :].lstrip("/") for name in source.inner_names())
 
 
 def _first_folder(name: str) -> str | None:
@@ -97,7 +110,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 def _from_csv(source: ImageFolder, labels_file: str) -> tuple[list[str | None], int, list[int]]:
     """Of every image the label in the file, or None; how many rows the file has, and which of them name an image."""
-    position = {_absolute(name, source.root): index for index, name in enumerate(_names(source))}
+    position = {os.path.normpath(source.path(index)): index for index in range(len(source))}
     words: list[str | None] = [None] * len(source)
     used: list[int] = []
     row, first = -1, ""

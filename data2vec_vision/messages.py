@@ -46,7 +46,7 @@ def describe(job: Job) -> str:
     share = config.batch_size // distributed.processes()
     each = f" of {share} each" if distributed.processes() > 1 else ""
     lines = [
-        ("Images", f"{len(job.source):,} in {config.input_path} ({suffixes(job.source)})"),
+        ("Images", f"{len(job.source):,} in {', '.join(config.inputs)} ({suffixes(job.source)})"),
         ("Model", f"{model}, {millions} parameters"),
         ("Input", f"{config.image_size} px in {rows} x {columns} = {S} patches of {method.student.patch_size} px"),
         ("Method", f"{config.method}: {method.describe()}"),
@@ -92,7 +92,7 @@ def describe(job: Job) -> str:
         lines.append(("Note", "that is not enough room: make some, or give a larger --save-every"))
     gpus = torch.cuda.device_count() if job.device.type == "cuda" else 0
     if gpus > 1 and distributed.processes() == 1:
-        every = f"torchrun --nproc-per-node {gpus} -m data2vec_vision train {shlex.quote(config.input_path)}"
+        every = f"torchrun --nproc-per-node {gpus} -m data2vec_vision train {shlex.join(config.inputs)}"
         lines.append(("Hint", f"{gpus} GPUs found, using 1; all {gpus}: {every} ..."))
     return "\n".join(f"{title:<8} {text}" for title, text in lines)
 
@@ -199,5 +199,5 @@ def farewell(job: Job, bad_files: BadFiles) -> str:
     if len(bad_files):
         count = plural(len(bad_files), "image", "images")
         lines.append(f"{count} could not be read; {bad_files.path} lists what and why.")
-    lines.append(f"Next: {command('extract', name, job.config.input_path, '--output', 'features.npz')}")
+    lines.append(f"Next: {command('extract', name, *job.config.inputs, '--output', 'features.npz')}")
     return "\n".join(lines)

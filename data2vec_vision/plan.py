@@ -111,7 +111,7 @@ def prepare(config: TrainConfig, steps: int | None = None) -> Job:
     config = with_paper(config, method_class.paper)
     knobs_from(method_class.Config, config, config.method)  # refuses what the method does not use
     device = find_device(config.device)
-    source = open_source(config.input_path)
+    source = open_source(config.inputs)
     with seeded(config.seed, "weights"):
         vit, start = build_encoder(config, method_class)
         facts = Facts(
@@ -163,7 +163,7 @@ def restore(config: TrainConfig, given: Mapping[str, Any]) -> Job:
     if "device" not in given:
         config = replace(config, device=device_to_go_on(stored.device))
     device = find_device(config.device)
-    source = open_source(config.input_path)
+    source = open_source(config.inputs)
     step, schedule = content["step"], Plan(content["segments"], config.max_lr, config.warmup_pct)
     total = config.epochs * steps_per_epoch(config, len(source))
     if (len(source), source.fingerprint()) != (content["n_images"], content["fingerprint"]):
@@ -242,7 +242,7 @@ def refuse_changed_images(source: ImageFolder, content: Mapping[str, Any], confi
         return
     then, now = content["n_images"], len(source)
     what = f"{then:,} images then, {now:,} now" if then != now else f"its {now:,} images have other names"
-    changed = f"{config.input_path} has changed since the checkpoint: {what}"
+    changed = f"{', '.join(config.inputs)} has changed since the checkpoint: {what}"
     raise InputError(f"{changed}; restore it, or go on with --allow-changed-images")
 
 
@@ -256,7 +256,7 @@ def made_ready(job: Job) -> Job:
     if job.source.would_take_in(job.folder):
         raise InputError(
             f"the run would write to {job.folder}, inside the folder of the images; "
-            f"give a --checkpoint-out-dir outside {job.config.input_path}"
+            f"give a --checkpoint-out-dir outside {', '.join(job.config.inputs)}"
         )
     if job.config.batch_size < (least := job.method.smallest_batch):
         raise InputError(f"--batch-size {job.config.batch_size}: {job.config.method} needs {least} images in a pass")

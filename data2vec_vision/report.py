@@ -134,7 +134,7 @@ def contents(folder: Path, config: TrainConfig, lines: Sequence[Mapping[str, Any
     return {
         "name": folder.resolve().name,
         "method": Path(config.method).stem,
-        "input_path": config.input_path,
+        "input_path": ", ".join(config.inputs),
         "state": f"finished after {last['step']:,} steps"
         if finished
         else f"at step {last['step']:,}" + (f" of {total:,}" if total else ""),
@@ -227,7 +227,7 @@ def short(y: float) -> str:
 
 def reproduce(config: TrainConfig, folder: Path) -> str:
     """The command that repeats the run, and what its configuration file does instead."""
-    words: list[object] = ["train", config.input_path]
+    words: list[object] = ["train", *config.inputs]
     for name in fields():
         value = getattr(config, name)
         if name in ("checkpoint_out_dir", "resume_checkpoint", "config", "wandb") or value in (None, ()):
@@ -240,7 +240,7 @@ def reproduce(config: TrainConfig, folder: Path) -> str:
             on_or_off = {True: [flag(name)], False: [f"--no-{flag(name)[2:]}"]}
             words += on_or_off[value] if isinstance(value, bool) else [flag(name), value]
     again = folder.with_name(folder.name + "-again")
-    from_file = ("train", config.input_path, "--config", folder / "config.json", "--checkpoint-out-dir", again)
+    from_file = ("train", *config.inputs, "--config", folder / "config.json", "--checkpoint-out-dir", again)
     return f"{command(*words, '--checkpoint-out-dir', again)}\n\nor, the same: {command(*from_file)}"
 
 

@@ -4,7 +4,7 @@ import json as json_format
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data2vec_vision.checkpoint import atomic_write, check_place
+from data2vec_vision.config import inputs_of
 from data2vec_vision.data import start_worker
 from data2vec_vision.device import cores, device_memory, find_device
 from data2vec_vision.duplicates import alike_groups, equal_groups
@@ -29,7 +30,7 @@ COPY, ALIKE = (200, 60, 60), (230, 160, 40)  # frames
 
 
 def scan(
-    input_path: str,
+    input_path: str | Sequence[str],
     json: str | None = None,
     write_list: str | None = None,
     keep_duplicates: bool = False,
@@ -37,7 +38,7 @@ def scan(
     picture: str | None = None,
     workers: int | None = None,
 ) -> Findings:
-    """Look at all images of `input_path`, a folder or a list; say and return what was found.
+    """Look at all images of `input_path`, one or several of what `open_source` takes; say and return what was found.
 
     json: a file for everything that was found. write_list: a .txt file for the clean list, which `train` takes.
     picture: a .png file for examples of duplicates. workers: processes that read, all cores if None. Raises InputError
@@ -48,14 +49,15 @@ def scan(
     outputs = {"--json": json, "--write-list": write_list, "--picture": picture}
     outputs = {option: path for option, path in outputs.items() if path is not None}
     check_outputs(outputs)
-    source = open_source(input_path)
+    inputs = inputs_of(input_path)
+    source, shown_inputs = open_source(inputs), ", ".join(inputs)
     if picture is not None and source.would_take_in(picture):
-        raise InputError(f"--picture {picture} would become one of the images; write it outside {input_path}")
+        raise InputError(f"--picture {picture} would become one of the images; write it outside {shown_inputs}")
     lines = ListLines(source, write_list) if write_list is not None else None
-    found = look_at_all(source, input_path, cores() if workers is None else workers)
+    found = look_at_all(source, inputs, cores() if workers is None else workers)
     device = find_device(None)
     options, reasons = suggest(found.short_side, len(found.survey.readable), device.type, device_memory(device))
-    train = train_command(write_list or (CLEAN if found.needs_a_list else input_path), options)
+    train = train_command([write_list or CLEAN] if write_list or found.needs_a_list else inputs, options)
     print_rows(table(found))
     try:
         if json is not None:
@@ -94,7 +96,7 @@ def check_outputs(outputs: dict[str, str]) -> None:
         check_place(option, target)
 
 
-def look_at_all(source: ImageFolder, input_path: str, workers: int) -> Findings:
+def look_at_all(source: ImageFolder, inputs: Sequence[str], workers: int) -> Findings:
     """Raises InputError when no image can be read, RunFailed when a worker dies, Stopped after a signal."""
     chunks = Chunks(source)
     workers = min(workers, len(chunks))
@@ -116,9 +118,9 @@ def look_at_all(source: ImageFolder, input_path: str, workers: int) -> Findings:
     seconds = time.perf_counter() - start
     if len(survey.readable) == 0:
         reason = survey.bad[0]
-        raise InputError(f"none of the {len(source):,} images in {input_path} can be read; the first: {reason}")
+        raise InputError(f"none of the {len(source):,} images in {', '.join(inputs)} can be read; the first: {reason}")
     copies = equal_among(survey.readable, survey.records["content"])
-    return Findings(source, input_path, survey, copies, alike_images(survey, copies), seconds, workers)
+    return Findings(source, tuple(inputs), survey, copies, alike_images(survey, copies), seconds, workers)
 
 
 def as_it_is(part: Any) -> Any:
@@ -153,6 +155,10 @@ class ListLines:
     """
 
     def __init__(self, source: ImageFolder, path: str):
+        if not source.are_files:
+            raise InputError(
+                "--write-list: a list names files, and these images lie in archives; leave it out, or unpack them"
+            )
         self.source, self.base = source, os.path.join(os.path.abspath(os.path.dirname(path)), "")
         for index in range(len(source)):
             if "\n" in (line := self[index]) or "\r" in line:
@@ -162,7 +168,7 @@ class ListLines:
                 )
 
     def __getitem__(self, index: int) -> str:
-        return os.path.join(self.source.root, self.source.name(index)).removeprefix(self.base).replace(os.sep, "/")
+        return self.source.path(index).removeprefix(self.base).replace(os.sep, "/")
 
 
 def write_clean_list(

@@ -1,195 +1,124 @@
-"""Where images come from: an index that stays small.
+"""Where images come from: what an INPUT_PATH may be, several of them at once, and an image of a source."""
 
-A source holds its names as one byte buffer and an array of offsets, not as Python strings, so that ten
-million of them fit in memory once and are not copied when workers start.
-"""
-
-import hashlib
 import os
-from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from hashlib import blake2b
+from itertools import pairwise
+from pathlib import PurePath
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
+from data2vec_vision import archives, shards
 from data2vec_vision.errors import InputError
-from data2vec_vision.images import Picture, Unreadable, explained, image_suffixes
+from data2vec_vision.folders import LIST_SUFFIXES, TABLE_SUFFIXES, ImageFolder, ImageList, NoImages
+from data2vec_vision.images import Picture, Unreadable, explained
 
-LIST_SUFFIXES = (".txt", ".list")  # of files that list images
-SUFFIXES = 1000  # told apart among files that are no images
-LOOKED_FOR = 100  # the first files of a list: when none of them exists, the list is taken to be wrong
+Given = str | os.PathLike[str]  # an INPUT_PATH
 
 
-class ImageFolder:
-    """The images below a folder, at any depth, in the sorted order of their relative paths.
+def open_source(given: Given | Sequence[Given]) -> ImageFolder:
+    """The images at one INPUT_PATH or at several. Raises InputError for a path that holds none.
 
-    Names have forward slashes on every system. Hidden files and folders are passed over; links are
-    followed, each folder once. Raises InputError when there is no such folder or no image in it.
+    It may be a folder of images, a list of them (.txt, .list, .csv), an archive (.zip, .tar, .parquet, .arrow), a
+    pattern such as 'shards/*.tar' or 'shards-{000..012}.tar', a folder of archives, or one that `save_to_disk` wrote.
+    """
+    if not isinstance(given, str | os.PathLike):
+        return Several([os.fspath(path) for path in given]) if len(given) != 1 else open_source(given[0])
+    path = os.fspath(given)
+    suffix = os.path.splitext(path)[1].lower()
+    if os.path.isdir(path):
+        return saved_or_folder(path)
+    if shards.is_pattern(path):
+        return shards.matching(path)
+    if suffix in LIST_SUFFIXES + TABLE_SUFFIXES:
+        return ImageList(path)
+    if os.path.exists(path):
+        archives.refuse_compressed(path)
+    if shards.is_archive(path):
+        return shards.Archives([path])
+    return ImageFolder(path)
+
+
+def saved_or_folder(folder: str) -> ImageFolder:
+    """A data set that was saved to a folder, the images below it, or else those in the archives below it."""
+    if (source := shards.saved(folder)) is not None:
+        return source
+    try:
+        return ImageFolder(folder)
+    except NoImages as error:
+        if not any(suffix in error.skipped for suffix in shards.SUFFIXES):
+            raise
+    return shards.in_folder(folder)
+
+
+class Several(ImageFolder):
+    """The images of several sources: one source after the other, in the sorted order of their paths as given.
+
+    So the order of the arguments does not matter. A name is that of the image in its source behind the path of the
+    source as it was given: "a/1.jpg" and "b.zip/1.jpg". Raises InputError when two sources lie in one another.
     """
 
-    def __init__(self, root: str | os.PathLike[str]):
-        check_is_folder(root)
-        self.root = os.path.abspath(root)
-        self.skipped: Counter[str] = Counter()  # files that are no images, by their suffix
-        self._hold(os.fsencode(name) for name in self._found())
-        if len(self) == 0:
-            other = self.skipped.total()
-            found = f"{other:,} files in it, but none is an image" if other else "it is empty"
-            raise InputError(f"no images in {root}: {found}; images are files such as .jpg .png .tif .webp .bmp")
+    def __init__(self, given: Sequence[str]):
+        pairs = sorted((self._prefix(path), path) for path in given)
+        self._prefixes = [prefix for prefix, _ in pairs]
+        self.sources = [open_source(path) for _, path in pairs]
+        refuse_nested([(place, path) for (_, path), source in zip(pairs, self.sources) for place in source.places()])
+        self.root = os.getcwd()
+        self.are_files = all(source.are_files for source in self.sources)
+        self.skipped = sum((source.skipped for source in self.sources), Counter())
+        self._starts = np.cumsum([0, *map(len, self.sources)], dtype=np.int64)
 
-    def _found(self) -> Iterator[str]:
-        suffixes = image_suffixes()
-        for name in _files(self.root, "", set()):
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in suffixes:
-                yield name
-            else:  # where dots do not set suffixes apart, there can be as many as files
-                self.skipped[suffix if suffix in self.skipped or len(self.skipped) < SUFFIXES else "..."] += 1
-
-    def _hold(self, names: Iterable[bytes]) -> None:
-        together, ends = bytearray(), array("q", [0])
-        for name in names:
-            together += name
-            ends.append(len(together))
-        self._names = np.frombuffer(bytes(together), np.uint8)
-        self._ends = np.array(ends, np.int64)
+    @staticmethod
+    def _prefix(path: str) -> str:
+        path = shards.base_of(path) if shards.is_pattern(path) else path
+        path = os.path.normpath(path).replace(os.sep, "/")
+        return "" if path == "." else f"{path}/"
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return int(self._starts[-1])
+
+    def _at(self, index: int) -> tuple[int, int]:
+        """Which source image `index` is in, and its index there."""
+        number = int(np.searchsorted(self._starts, index, "right")) - 1
+        return number, index - int(self._starts[number])
 
     def name(self, index: int) -> str:
-        """The path of image `index` relative to the folder, with forward slashes."""
-        return os.fsdecode(self._names[self._ends[index] : self._ends[index + 1]].tobytes())
+        number, index = self._at(index)
+        return f"{self._prefixes[number]}{self.sources[number].name(index)}"
+
+    def path(self, index: int) -> str:
+        number, index = self._at(index)
+        return self.sources[number].path(index)
 
     def open(self, index: int) -> BinaryIO:
-        """The file of image `index`, opened for reading."""
-        return open(self._path(index), "rb")
-
-    def _path(self, index: int) -> str:
-        return os.path.join(self.root, self.name(index))
+        number, index = self._at(index)
+        return self.sources[number].open(index)
 
     def fingerprint(self) -> str:
-        """A hash of all names: two sources with the same one hold the same images in the same order."""
-        return hashlib.blake2b(self._ends.tobytes() + self._names.tobytes(), digest_size=16).hexdigest()
+        digest = blake2b(digest_size=16)
+        for prefix, source in zip(self._prefixes, self.sources):
+            digest.update(f"{prefix}\0{source.fingerprint()}\0".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
 
-    def would_take_in(self, path: str | os.PathLike[str]) -> bool:
-        """Whether an image written to `path` would be one of these images the next time."""
-        return Path(path).resolve().is_relative_to(Path(self.root).resolve())
+    def would_take_in(self, path: Given) -> bool:
+        return any(source.would_take_in(path) for source in self.sources)
+
+    def places(self) -> list[str]:
+        return [place for source in self.sources for place in source.places()]
 
 
-class ImageList(ImageFolder):
-    """The images that a text file lists, one path a line, absolute or relative to the folder of the list.
-
-    The order is that of the sorted lines; `name` gives an image as the list has it, without a leading "./".
-    Empty lines are passed over. A file that is missing is an image that cannot be read. Raises InputError for a
-    file that is no such list, that has a line twice, or of whose first LOOKED_FOR files none exists.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]):
-        self.root = os.path.dirname(os.path.abspath(path))
-        self.skipped = Counter()
-        try:
-            self._hold(_checked(_sorted_lines(path), path))
-        except OSError as error:
-            raise InputError(f"the list {path} cannot be read: {error.strerror}") from error
-        if len(self) == 0:
-            raise InputError(f"the list {path} is empty; write the path of an image in each line")
-        first = range(min(len(self), LOOKED_FOR))
-        if not any(os.path.exists(self._path(index)) for index in first):
+def refuse_nested(places: Sequence[tuple[str, str]]) -> None:
+    """Raises InputError when one of the places, each with the INPUT_PATH it is of, is or lies in another."""
+    parts_of = sorted((PurePath(os.path.realpath(place)).parts, path) for place, path in places)
+    for (parts, path), (next_parts, next_path) in pairwise(parts_of):
+        if next_parts[: len(parts)] == parts:
             raise InputError(
-                f"of the first {len(first)} files that {path} lists none exists, such as {self._path(0)}; "
-                f"paths in it must be absolute, or relative to {self.root}"
+                f"{path} and {next_path} are one, or one lies in the other, so that images would count twice; give one"
             )
-
-    def open(self, index: int) -> BinaryIO:
-        path = self._path(index)
-        if os.path.exists(path) and not os.path.isfile(path):  # a pipe could be waited for without end
-            raise OSError("this is a folder or a device, not a file")
-        return open(path, "rb")
-
-    def would_take_in(self, path: str | os.PathLike[str]) -> bool:
-        return False
-
-
-def _lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
-    """The lines of a list that are not empty, without their ends and a leading "./"."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file):
-            if number == 0:
-                line = line.removeprefix(b"\xef\xbb\xbf")  # by which some editors mark UTF-8
-            if b"\0" in line:
-                raise InputError(
-                    f"{path} is no list of paths: line {number + 1} holds a zero byte; save it as UTF-8 text"
-                )
-            if line := line.rstrip(b"\r\n").removeprefix(b"./"):
-                yield line
-
-
-def _sorted_lines(path: str | os.PathLike[str]) -> Iterable[bytes]:
-    """The lines in sorted order; only those of a list that is not sorted are all held at once."""
-    before = b""
-    for line in _lines(path):
-        if line < before:
-            return sorted(_lines(path))
-        before = line
-    return _lines(path)
-
-
-def _checked(lines: Iterable[bytes], path: str | os.PathLike[str]) -> Iterator[bytes]:
-    """The sorted lines. Raises InputError for one that comes twice."""
-    before = b""
-    for line in lines:
-        if line == before:
-            raise InputError(f"{path} has {os.fsdecode(line)!r} more than once; sort -u {path} leaves each line once")
-        yield (before := line)
-
-
-def check_is_folder(path: str | os.PathLike[str]) -> None:
-    """Raises InputError unless `path` is a folder that can be read."""
-    if not os.path.exists(path):
-        raise InputError(f"there is no folder {path}")
-    if not os.path.isdir(path):
-        raise InputError(
-            f"{path} is a file, not a folder; give the folder that holds the images, or a list of them in a .txt file"
-        )
-    if not os.access(path, os.R_OK | os.X_OK):
-        raise InputError(f"the folder {path} cannot be read; check its permissions")
-
-
-def _files(root: str, below: str, seen: set[tuple[int, int]]) -> Iterator[str]:
-    """Relative paths of the visible files, in sorted order without sorting them all at once."""
-    here = os.path.join(root, below)
-    try:
-        status = os.stat(here)
-        if (status.st_dev, status.st_ino) in seen:
-            return
-        seen.add((status.st_dev, status.st_ino))
-        with os.scandir(here) as entries:
-            visible = [(e.name, e.is_dir()) for e in entries if not e.name.startswith(".") and not _is_special(e)]
-    except OSError as error:
-        raise InputError(f"cannot look into the folder {here}: {error.strerror}") from error
-    # "a/x" sorts behind "a-b/x": a folder takes its place by its name with the slash that follows.
-    for name, is_folder in sorted(visible, key=lambda e: os.fsencode(e[0] + "/" if e[1] else e[0])):
-        if is_folder:
-            yield from _files(root, below + name + "/", seen)
-        else:
-            yield below + name
-
-
-def _is_special(entry: os.DirEntry[str]) -> bool:
-    """Whether this is a pipe, a socket or a device, which could be waited for without end."""
-    return not entry.is_dir() and not entry.is_file() and os.path.exists(entry.path)
-
-
-def open_source(path: str | os.PathLike[str]) -> ImageFolder:
-    """The images at INPUT_PATH, a folder or a list. Raises InputError for a path that holds none."""
-    if os.path.splitext(path)[1].lower() in LIST_SUFFIXES and not os.path.isdir(path):
-        return ImageList(path)
-    return ImageFolder(path)
 
 
 @contextmanager

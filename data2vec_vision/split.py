@@ -27,6 +27,9 @@ class Selected(ImageFolder):
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))
 
+    def path(self, index: int) -> str:
+        return self.source.path(int(self.indices[index]))
+
     def open(self, index: int) -> BinaryIO:
         return self.source.open(int(self.indices[index]))
 
@@ -45,7 +48,7 @@ class Part:
 
     def reasons(self, bad: Mapping[int, str]) -> dict[str, str]:
         """`bad` by path instead of index."""
-        return {os.path.join(self.images.root, self.images.name(index)): reason for index, reason in bad.items()}
+        return {self.images.path(index): reason for index, reason in bad.items()}
 
 
 @dataclass(frozen=True)
@@ -142,10 +145,7 @@ def by_folder(
 
 def refuse_shared_files(parts: Sequence[Part], input_path: str, test_path: str) -> None:
     """Raises InputError where a file, by whatever link, is both in the training and in the test images."""
-    train, test = (
-        {os.path.realpath(os.path.join(part.images.root, part.images.name(i))) for i in range(len(part.images))}
-        for part in parts
-    )
+    train, test = ({os.path.realpath(part.images.path(i)) for i in range(len(part.images))} for part in parts)
     if shared := train & test:
         raise InputError(
             f"{plural(len(shared), 'image', 'images')} of {test_path} are training images of {input_path} too, such as "

@@ -117,7 +117,7 @@ def examine(source: ImageFolder, index: int, survey: Survey, row: int) -> None:
         seen = as_seen(image)
         survey.seconds += time.perf_counter() - start
         traits = {TURNED: turned, DEEP: deep, TRANSPARENT: image.has_transparency_data, ANIMATED: is_animated(image)}
-        size, content = os.fstat(file.fileno()).st_size, hashed(file)
+        size, content = file.seek(0, os.SEEK_END), hashed(file)
     # Of 256 brightnesses in each channel, how many pixels have each; far quicker than sums over the pixels.
     counts = np.array(seen.histogram(), np.float64).reshape(3, 256) / (seen.width * seen.height)
     levels = np.arange(256) / 255

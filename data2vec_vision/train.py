@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data2vec_vision import checkpoint, distributed
-from data2vec_vision.ramcache import RamCache, fill
 from data2vec_vision.config import TrainConfig, not_default
 from data2vec_vision.data import Batch, MicroBatches, Stream, StreamDataset, make_loader
 from data2vec_vision.device import fast_products, free_memory
@@ -29,6 +28,7 @@ from data2vec_vision.methods.base import Output
 from data2vec_vision.monitor import WINDOW, health, health_sums, on_host
 from data2vec_vision.online import Onlooker
 from data2vec_vision.plan import Job, prepare, restore
+from data2vec_vision.ramcache import RamCache, fill
 from data2vec_vision.run import BadFiles, Progress, RunFolder, caught_signals, duration, plural, say, size
 from data2vec_vision.seeding import generator, seed_device
 

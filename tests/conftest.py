@@ -55,4 +55,5 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("D2V_CACHE", str(tmp_path / ".cache"))
     assert os.getcwd() == str(tmp_path)

@@ -1,14 +1,23 @@
 """Folders of images as users have them: any depth, any format, any mode, damaged files in between."""
 
+import json
 import os
 import pickle
+import random
+import sys
+import tarfile
+from hashlib import blake2b
 from io import BytesIO
 
 import numpy as np
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
-from data2vec_vision import sources as sources_module
+from data2vec_vision import folders as folders_module
+from data2vec_vision import index as index_module
+from data2vec_vision import tables
 from data2vec_vision.errors import InputError
 from data2vec_vision.images import decode, image_suffixes
 from data2vec_vision.sources import ImageFolder, ImageList, open_source, read_image
@@ -214,7 +223,7 @@ def test_a_list_can_hold_names_that_are_no_unicode(tmp_path):
 def test_a_list_is_buffers_too_and_a_sorted_one_is_never_held_as_lines(tmp_path, monkeypatch):
     touch(tmp_path, *(f"{n:03}.png" for n in range(100)))
     text = "".join(f"{n:03}.png\n" for n in range(100))
-    monkeypatch.setattr(sources_module, "sorted", None, raising=False)
+    monkeypatch.setattr(folders_module, "in_order", None)
     source = listed(tmp_path, text)
     assert len(pickle.dumps(source)) < 100 * 20 + 1500
     assert names(pickle.loads(pickle.dumps(source))) == text.split()
@@ -263,5 +272,239 @@ def test_files_passed_over_are_counted_by_suffix_and_the_suffixes_are_bounded(tm
     for name in ("a.txt", "b.TXT", "c.csv", "README", "scan.1", "scan.2"):
         (tmp_path / name).write_text("x")
     assert ImageFolder(tmp_path).skipped == {".txt": 2, ".csv": 1, "": 1, ".1": 1, ".2": 1}
-    monkeypatch.setattr(sources_module, "SUFFIXES", 2)
+    monkeypatch.setattr(folders_module, "SUFFIXES", 2)
     assert ImageFolder(tmp_path).skipped.total() == 6 and len(ImageFolder(tmp_path).skipped) == 3
+
+
+def test_the_fingerprint_of_a_folder_stays_what_it_was(tmp_path):
+    """So that a run from before can be resumed: a hash of the offsets and of all names."""
+    touch(tmp_path, "b/c.png", "a.png")
+    ends, together = np.array([0, 5, 12], np.int64), b"a.pngb/c.png"
+    expected = blake2b(ends.tobytes() + together, digest_size=16).hexdigest()
+    assert ImageFolder(tmp_path).fingerprint() == expected
+    assert listed(tmp_path, "./a.png\nb/c.png\n").fingerprint() == expected
+
+
+def test_a_large_folder_is_sorted_by_parts(tmp_path, monkeypatch):
+    touch(tmp_path, *(f"{part}/{n}.png" for part in ("a", "a-b", "b") for n in range(10)), "a.png", "a0.png")
+    whole = names(ImageFolder(tmp_path))
+    monkeypatch.setattr(index_module, "RUN", 3)
+    assert names(ImageFolder(tmp_path)) == whole == sorted(whole)
+    lines = [*whole]
+    random.Random(0).shuffle(lines)
+    assert names(listed(tmp_path, "\n".join(lines))) == whole
+
+
+def test_a_csv_lists_images_in_the_column_of_that_name_or_else_in_the_first(tmp_path):
+    touch(tmp_path, "photos/b.png", "photos/a, b.png", "c.png")
+    wanted = ["c.png", "photos/a, b.png", "photos/b.png"]
+    for text in ('id, Path ,x\n1,photos/b.png,\n2,"photos/a, b.png",y\n\n3,./c.png,z\n', 'filename\nc.png\n"photos/a, b.png"\nphotos/b.png\n',
+                 'photos/b.png,1\n"photos/a, b.png",2\nc.png,3\n', "image,path\nno,c.png\nno,photos/b.png\nno,\"photos/a, b.png\"\n"):  # fmt: skip
+        source = listed(tmp_path, text, "list.csv")
+        assert names(source) == wanted and source.root == str(tmp_path)
+        assert isinstance(read_image(source, 1), Image.Image)
+    for text, message in (("a,path\n1\n", "line 2: there is no column 2"), ("c.png\nc.png\n", "more than once; leave one"),
+                          ("path\n", "is empty"), ("c.png\n\0\n", "cannot be read as csv|zero byte")):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            listed(tmp_path, text, "list.csv")
+
+
+def tar(path, *members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for member in members:
+            data = BytesIO()
+            Image.new("RGB", (4, 4)).save(data, "PNG")
+            entry = tarfile.TarInfo(member)
+            entry.size = len(data.getvalue())
+            archive.addfile(entry, BytesIO(data.getvalue()))
+    return path
+
+
+def test_shards_are_one_source_in_the_order_of_their_names(tmp_path):
+    tar(tmp_path / "s/x-001.tar", "b.png", "a.png", "a.json", "a.cls")
+    tar(tmp_path / "s/x-010.tar")
+    tar(tmp_path / "s/x-002.tar", "a.png")
+    wanted = ["x-001.tar/a.png", "x-001.tar/b.png", "x-002.tar/a.png"]
+    for pattern in (
+        "s/*.tar",
+        "s/x-*.tar",
+        "s/x-{001..002}.tar",
+        "s/x-{002,001}.tar",
+        "s/x-00[12].tar",
+        f"{tmp_path}/s/*.tar",
+        "s",
+    ):
+        source = open_source(pattern)
+        assert names(source) == wanted and source.skipped == {".json": 1, ".cls": 1}, pattern
+        assert all(isinstance(read_image(source, i), Image.Image) for i in range(3))
+        assert source.path(2) == f"{tmp_path}/s/x-002.tar/a.png"
+    assert names(open_source("s/x-{002..002}.tar")) == ["x-002.tar/a.png"]
+    assert names(open_source("{s,s}/x-{002,010}.tar")) == ["s/x-002.tar/a.png"]
+    prints = {open_source(p).fingerprint() for p in ("s/*.tar", "s", "s/x-002.tar", "s/x-00*2.tar", "s/x-00*1.tar")}
+    assert len(prints) == 4
+
+
+def test_a_boundary_between_shards_is_part_of_the_fingerprint(tmp_path):
+    tar(tmp_path / "s/1.tar", "a.png", "b.png")
+    tar(tmp_path / "s/2.tar", "c.png")
+    tar(tmp_path / "t/1.tar", "a.png")
+    tar(tmp_path / "t/2.tar", "b.png", "c.png")
+    assert open_source("s").fingerprint() != open_source("t").fingerprint()
+
+
+def test_a_folder_with_an_image_is_a_folder_of_images(tmp_path):
+    tar(tmp_path / "p/1.tar", "a.png")
+    assert names(open_source("p")) == ["1.tar/a.png"] and open_source("p").would_take_in("p/run/x.png")
+    assert not open_source("p/*.tar").would_take_in("p/x.png")
+    touch(tmp_path, "p/z.png")
+    assert names(open_source("p")) == ["z.png"]
+
+
+def test_patterns_that_cannot_be_used_are_refused_in_words(tmp_path):
+    tar(tmp_path / "s/1.tar", "a.png")
+    tar(tmp_path / "s/none.tar", "a.txt")
+    touch(tmp_path, "s/x.png")
+    for pattern, message in (
+        ("s/*.zip", "nothing is named like"),
+        ("s/{1..5}.tar", "there is no file s/2.tar, s/3.tar, s/4.tar and 1 more"),
+        ("s/*", "stands for s/x.png too, but a pattern is for archives"),
+        ("s/n*.tar", "no images in the 1 archives in .*: 1 files"),
+        ("s/none.tar", "no images in .*: 1 files"),
+        ("gone.tar", "gone.tar cannot be read: No such file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_source(pattern)
+    touch(tmp_path, "[1]*/a.png")
+    assert names(open_source("[1]*")) == ["a.png"]  # a folder may be named so
+
+
+def test_several_inputs_are_one_source_whatever_their_order(tmp_path):
+    touch(tmp_path, "b/2.png", "b/1.png", "a/1.png", "elsewhere/z.png")
+    tar(tmp_path / "c.tar", "1.png")
+    tar(tmp_path / "s/1.tar", "1.png")
+    (tmp_path / "l.txt").write_text("elsewhere/z.png\n")
+    given = ["b/", "./a", "c.tar", "s/*.tar", "l.txt"]
+    source = open_source(given)
+    assert names(source) == ["a/1.png", "b/1.png", "b/2.png", "c.tar/1.png", "l.txt/elsewhere/z.png", "s/1.tar/1.png"]
+    assert all(isinstance(read_image(source, i), Image.Image) for i in range(6)) and len(source) == 6
+    assert [source.path(i) for i in (0, 4)] == [f"{tmp_path}/a/1.png", f"{tmp_path}/elsewhere/z.png"]
+    again = open_source(tuple(reversed(given)))
+    assert names(again) == names(source) and again.fingerprint() == source.fingerprint()
+    assert open_source(["a", "b"]).fingerprint() != open_source(["a", "elsewhere"]).fingerprint()
+    assert open_source(["a", "b"]).would_take_in("b/x.png") and not open_source(["a", "b"]).would_take_in("x.png")
+    assert not source.are_files and open_source(["a", "l.txt"]).are_files
+    assert names(open_source(["a"])) == ["1.png"]
+
+
+def test_an_input_that_is_given_twice_is_refused(tmp_path):
+    touch(tmp_path, "a/b/1.png", "a-b/1.png")
+    tar(tmp_path / "s/1.tar", "1.png")
+    os.symlink(tmp_path / "a", tmp_path / "link")
+    for given in (
+        ["a", "a"],
+        ["a", "./a/"],
+        ["a", "a-b", "a/b"],
+        ["link", "a"],
+        ["s/1.tar", "s/*.tar"],
+        ["s", "s/1.tar"],
+    ):
+        with pytest.raises(InputError, match="are one, or one lies in the other, so that images would count twice"):
+            open_source(given)
+    assert len(open_source(["a", "a-b"])) == 2
+
+
+def saved_table(path, rows, chunk=None, **options):
+    """A table with a column of images: (bytes, path) each, or None."""
+    table = pyarrow.table({"label": list(range(len(rows))), "image": pyarrow.array(
+        [row and {"bytes": row[0], "path": row[1]} for row in rows],
+        pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())]))})  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        parquet.write_table(table, path, row_group_size=chunk)
+        return
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema, **options) as writer:
+        writer.write_table(table, max_chunksize=chunk)
+
+
+def image_bytes(colour):
+    data = BytesIO()
+    Image.new("RGB", (2, 2), (colour, 0, 0)).save(data, "PNG")
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("suffix", [".arrow", ".parquet"])
+def test_tables_of_images(tmp_path, suffix):
+    rows = [(image_bytes(n), f"x/{n}.png" if n % 2 else None) for n in range(10)]
+    rows[4], rows[6] = None, (None, "elsewhere.png")
+    for chunk in (3, None):
+        path = tmp_path / f"{chunk}{suffix}"
+        saved_table(path, rows, chunk)
+        for source in (open_source(path), open_source(path)):
+            assert names(source) == [f"{n:08}" + (".png" if n % 2 or n == 6 else "") for n in range(10)]
+            found = [read_image(source, i) for i in (*range(10), 2, 9, 0)]
+            assert found[4] == found[6] == "there are no bytes in its row"
+            assert [im.getpixel((0, 0))[0] for im in found if not isinstance(im, str)] == [
+                0,
+                1,
+                2,
+                3,
+                5,
+                7,
+                8,
+                9,
+                2,
+                9,
+                0,
+            ]
+        os.utime(path, ns=(1, 1))
+        assert "has changed" in read_image(source, 0)
+    assert names(open_source(tmp_path))[9:11] == [f"3{suffix}/00000009.png", f"None{suffix}/00000000"]
+
+
+def test_tables_that_cannot_be_used_are_refused_in_words(tmp_path, monkeypatch):
+    rows = [(image_bytes(n), None) for n in range(3)]
+    saved_table(tmp_path / "z.arrow", rows, options=pyarrow.ipc.IpcWriteOptions(compression="zstd"))
+    parquet.write_table(pyarrow.table({"a": [1], "b": ["x"]}), tmp_path / "n.parquet")
+    saved_table(tmp_path / "c.arrow", rows)
+    saved_table(tmp_path / "c.parquet", rows)
+    for name in ("c.arrow", "c.parquet"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-90])
+    for name, message in (("z.arrow", "is compressed; write it without"), ("n.parquet", "no column of images, .* it has a, b"),
+                          ("c.parquet", "copy or make it again"), ("c.arrow", "copy or make it again")):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            open_source(tmp_path / name)
+    saved_table(tmp_path / "big.parquet", rows)
+    monkeypatch.setattr(tables, "LARGEST_GROUP", 10)
+    with pytest.raises(InputError, match="row_group_size=100"):
+        open_source(tmp_path / "big.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(InputError, match="needs pyarrow; pip install 'data2vec_vision.hf.'"):
+        open_source(tmp_path / "n.parquet")
+
+
+def test_what_save_to_disk_writes(tmp_path, capfd):
+    """As the library datasets lays it out: a folder with state.json, or one such folder for each part."""
+    for part, colours in (("train", (1, 2, 3)), ("test", (4,))):
+        files = [f"data-{n:05}-of-{len(colours):05}.arrow" for n in range(len(colours))]
+        for name, colour in zip(files, colours):
+            saved_table(tmp_path / "hf" / part / name, [(image_bytes(colour), None)])
+        (tmp_path / "hf" / part / "cache-x.arrow").write_text("x")
+        (tmp_path / "hf" / part / "dataset_info.json").write_text("{}")
+        (tmp_path / "hf" / part / "state.json").write_text(
+            json.dumps({"_data_files": [{"filename": f} for f in files]})
+        )
+    for folder in ("hf", "hf/train"):
+        (tmp_path / "hf/dataset_dict.json").write_text('{"splits": ["test", "train"]}')
+        source = open_source(folder)
+        assert [read_image(source, i).getpixel((0, 0))[0] for i in range(len(source))] == [1, 2, 3]
+        assert source.would_take_in("hf/train/run") and names(source)[0].endswith("data-00000-of-00003.arrow/00000000")
+    assert "hf has several parts; the images are those of train." in capfd.readouterr().err
+    for text, message in (('{"splits": ["test", "more"]}', "has the parts test, more; give the folder of one"),
+                          ('{"splits": ["more"]}', "has no part more"), ("[]", "no data set that can be read")):  # fmt: skip
+        (tmp_path / "hf/dataset_dict.json").write_text(text)
+        with pytest.raises(InputError, match=message):
+            open_source("hf")
+    (tmp_path / "hf/train/data-00001-of-00003.arrow").unlink()
+    with pytest.raises(InputError, match="there is no file hf/train/data-00001-of-00003.arrow"):
+        open_source("hf/train")
