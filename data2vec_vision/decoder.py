@@ -35,7 +35,7 @@ class MaskedVisionTransformerDecoder(nn.Module):
     (queries: one target block a row). The maps to the decoder's width and to what is predicted stay outside.
 
     grid: (rows, columns) of patches. n_prefix: how many prefix tokens precede the patches; their position is
-    zero. init: "xavier" as in MAE, or "trunc_normal" as in I-JEPA. drop_path rises linearly over the blocks.
+    zero. init: "xavier" as in MAE, or "trunc_normal" as in I-JEPA's code. drop_path rises linearly over the blocks.
     Raises InputError when `dim` is not a multiple of 4 and of `num_heads`.
     """
 

@@ -8,7 +8,7 @@ What differs from the published code: the sampler's biases are mended (`multiblo
 `official_sampler=true` has them back), and the context has the same size whatever the batch. And by default, because
 on small images the paper's setting learned nothing in runs of minutes (benchmarks/RESULTS.md): the target is that of
 data2vec 2.0, the mean of all feed-forward outputs less what the place tells, and a run from scratch begins with pixels;
-the encoder's first weights are MAE's; on small grids all patches outside the context are predicted at once instead of
+all first weights are MAE's; on small grids all patches outside the context are predicted at once instead of
 four blocks. `target_output=last center=false targets=blocks` is the paper's.
 """
 
@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from data2vec_vision.decoder import MaskedVisionTransformerDecoder, decoder_width, trunc_normal
+from data2vec_vision.decoder import MaskedVisionTransformerDecoder, decoder_width
 from data2vec_vision.errors import InputError
 from data2vec_vision.knobs import knob
 from data2vec_vision.masking import (
@@ -39,7 +39,7 @@ from data2vec_vision.recipes import VIT_B, PaperRecipe
 from data2vec_vision.schedules import cosine
 from data2vec_vision.targets import at_least_fp32, layer_norm, target_health
 from data2vec_vision.transforms import Views, ViewTransform, augmentation
-from data2vec_vision.vit import initialize_as_mae
+from data2vec_vision.vit import initialize_as_mae, xavier
 
 SMALLEST_GRID = 4  # patches a side; below it a target block would be a single patch
 LARGE_GRID = 12  # patches a side, from which on blocks are predicted
@@ -144,10 +144,10 @@ class IJEPA(MeanOfBlocks):
         W = c.predictor_dim or decoder_width(1 / 2, student.embed_dim, student.num_heads)
         depth = c.predictor_depth or max(1, student.depth // 2)
         self.embed = nn.Linear(student.embed_dim, W)
-        self.predictor = MaskedVisionTransformerDecoder(student.grid, W, depth, student.num_heads, init="trunc_normal")
+        self.predictor = MaskedVisionTransformerDecoder(student.grid, W, depth, student.num_heads)
         self.head = nn.Linear(W, student.embed_dim)
-        self.embed.apply(trunc_normal)
-        self.head.apply(trunc_normal)
+        self.embed.apply(xavier)
+        self.head.apply(xavier)
         self.build_target(None, "block" if c.target_output == "last" else "ffn", "instance")
         if self.in_blocks:
             self._refuse_masks_that_do_not_fit()

@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, metrics, same_state, start, state
+from PIL import Image
 
 import data2vec_vision as d2v
 from data2vec_vision import train
 from data2vec_vision.checkpoint import load_encoder
+from data2vec_vision.config import TrainConfig
 from data2vec_vision.device import has_compiler
 from data2vec_vision.methods.data2vec import Data2Vec
+from data2vec_vision.plan import prepare
 
 
 def files(folder, pattern="*.pt"):
@@ -272,6 +275,7 @@ def test_half_precision_trains_to_nearly_the_same(cli, images, precision):
 NAN_METHOD = """
 import torch
 from data2vec_vision.methods.data2vec import Data2Vec
+from data2vec_vision.plan import prepare
 class Failing(Data2Vec):
     \"\"\"Gives a loss that is not finite in some steps.\"\"\"
     calls = 0
@@ -346,3 +350,53 @@ def wait_for_steps(folder, count, run):
         time.sleep(0.05)
     run.kill()
     raise AssertionError(run.communicate()[0])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_from_memory_is_the_run_from_files_bit_for_bit(cli, images, workers):
+    """Also where one image cannot be read, and when a run goes on the other way."""
+    (images / "class0" / "003.jpeg").write_bytes(b"no image")
+    options = ["--epochs", 2, "--method", "swav", "--set", "n_prototypes=8"]
+    code, out, err = cli("train", images, *TINY, *options, "--checkpoint-out-dir", "files")
+    assert code == 0 and "Cached" not in out, err
+    memory = [*TINY[:-8], "--workers", workers, *TINY[-6:], "--cache", "ram"]
+    code, out, err = cli("train", images, *memory, *options, "--checkpoint-out-dir", "memory")
+    assert code == 0 and re.search(r"Cached   24 images in \d+ kB of memory, decoded in 0 s", out), err
+    assert same_state("files/checkpoint_1.pt", "memory/checkpoint_1.pt")
+    assert "003.jpeg" in Path("memory/bad_files.txt").read_text()
+    code, out, err = cli("train", "--resume-checkpoint", "memory/checkpoint_1.pt", "--epochs", 3, "--cache", "none")
+    assert code == 0 and "Cached" not in out, err
+    assert cli("train", "--resume-checkpoint", "files/checkpoint_1.pt", "--epochs", 3)[0] == 0
+    assert same_state("files/checkpoint_2.pt", "memory/checkpoint_2.pt")
+
+
+def test_images_that_do_not_fit_into_memory_are_read_from_files(cli, images, monkeypatch):
+    monkeypatch.setattr(train, "free_memory", lambda: 1000)
+    code, out, err = cli("train", images, *TINY, "--epochs", 1, "--cache", "ram")
+    assert code == 0, err
+    assert "--cache ram: the images take about " in out and "more than half of the free memory; they are read" in out
+
+
+def test_processes_of_one_machine_share_its_memory(images, monkeypatch):
+    job = prepare(
+        TrainConfig(input_path=str(images), image_size=16, patch_size=4, hidden_dim=32, workers=0, cache="ram")
+    )
+    taken = sum(3 * image.width * image.height for image in map(Image.open, images.rglob("*.*")))
+    monkeypatch.setattr(train, "free_memory", lambda: 3 * taken)
+    assert train.filled_cache(job).nbytes == taken
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert train.filled_cache(job) is None
+
+
+def test_a_run_that_waits_for_images_says_once_what_to_change(cli, images, monkeypatch):
+    monkeypatch.setattr(train, "SLOW_LOADING", -1.0)
+    code, out, err = cli("train", images, *TINY, "--epochs", 12, "--checkpoint-out-dir", "slow")
+    assert code == 0, err
+    assert out.count("Waiting for images takes ") == 1 and "% of the time. Faster: --workers " in out
+    monkeypatch.setattr(train, "SLOW_LOADING", 1.1)
+    assert "Waiting for images" not in cli("train", images, *TINY, "--epochs", 12, "--checkpoint-out-dir", "fast")[1]
+
+
+def test_a_dry_run_keeps_no_images(cli, images):
+    code, out, err = cli("train", images, *TINY, "--epochs", 2, "--cache", "ram", "--dry-run")
+    assert code == 0 and "Cached" not in out, err

@@ -88,3 +88,20 @@ def test_durations_and_sizes_are_said_as_people_say_them():
     assert [duration(s) for s in (5, 99, 120, 3540, 3600, 12_000, 200_000)] == [
         "5 s", "99 s", "2 min", "59 min", "1 h 0 min", "3 h 20 min", "2 d 7 h"]  # fmt: skip
     assert [size(n) for n in (999, 1500, 2_500_000, 3.2e9, 5e12)] == ["999 bytes", "2 kB", "2 MB", "3.2 GB", "5.0 TB"]
+
+
+def test_what_makes_loading_faster_is_what_this_run_does_not_do_yet(job, monkeypatch):
+    monkeypatch.setattr(messages, "cores", lambda: 8)
+
+    def text(**settings):
+        return messages.slow_loading(dataclasses.replace(job, config=dataclasses.replace(job.config, **settings)), 0.43)
+
+    assert text(workers=3) == "Waiting for images takes 43 % of the time. Faster: --workers 8, or --cache ram."
+    assert text(workers=8) == "Waiting for images takes 43 % of the time. Faster: --cache ram."
+    assert "Faster: a faster disk, or a machine with more cores." in text(workers=8, cache="ram")
+    small = text(workers=8, cache="ram", image_size=6)  # the images have sides of 20 px
+    assert small.endswith("images made smaller beforehand, to a short side of about 12 px.")
+    monkeypatch.setattr(messages, "free_memory", lambda: 1000)
+    assert "--cache ram" not in text(workers=8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert "--workers 2" in text(workers=1)
