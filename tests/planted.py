@@ -1023,7 +1023,7 @@ DEFECTS = [
      UNIT + "picture.py::test_large_jpegs_are_decoded_smaller_and_look_the_same"),
     ("one small view makes all of them coarse", "images.py", "shrink = min(min(", "shrink = max(min(",
      UNIT + "picture.py::test_large_jpegs_are_decoded_smaller_and_look_the_same"),
-    ("every view decodes the image again", "images.py", "return [resized_crop_image(pixels,", "return [resized_crop_image(self._decoded(),",
+    ("every view decodes the image again", "images.py", "return [resized_crop(pixels,", "return [resized_crop(self._decoded(),",
      UNIT + "picture.py::test_several_views_decode_the_image_once_and_no_finer_than_the_finest_needs"),
     ("a reason is wrapped into a reason", "images.py", "    except Unreadable:\n        raise\n", "",
      UNIT + "picture.py::test_a_truncated_file_is_unreadable_and_never_grey"),
