@@ -320,7 +320,8 @@ def optimizer_and_scaler(job: Job) -> tuple[torch.optim.Optimizer, torch.amp.Gra
 def loader(job: Job) -> Iterable[Batch]:
     """The batches of all steps that are left."""
     config = job.config
-    dataset = StreamDataset(job.source, job.method.views(), job.method.masks(), config.seed, config.images_a_step)
+    views, masks = job.method.views(), job.method.masks()
+    dataset = StreamDataset(job.source, views, masks, config.seed, config.images_a_step, config.channels)
     batches = MicroBatches(
         Stream(len(job.source), config.seed),
         config.batch_size,
