@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import InterpolationMode
@@ -28,7 +29,7 @@ from data2vec_vision.rasters import NUMPY, numpy_raster
 
 BICUBIC, BILINEAR = InterpolationMode.BICUBIC, Image.Resampling.BILINEAR
 JPEG = b"\xff\xd8\xff"  # how such a file begins
-SAMPLES = 277  # TIFF's tag: channels
+SIDES, SAMPLES = (256, 257), 277  # TIFF's tags: width and height, channels
 ORIENTATION = 0x0112  # EXIF's tag: 1 is upright, 2 to 8 are turned or mirrored
 REDUCE = 1.5  # times as fine as needed, at least, stays an image that the decoder makes smaller
 START = 132  # bytes by which all formats are known
@@ -129,7 +130,11 @@ class Picture:
             self._is_jpeg = file is not None and image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
             self._turn = image.getexif().get(ORIENTATION, 1)
             self._pixels: Tensor | None = None
-            self.size = image.size[::-1] if self._turn in (5, 6, 7, 8) else image.size  # width and height, as seen
+            # Of a TIFF Pillow has turned the size already, or not yet, by its version.
+            stored = tuple(map(image.tag_v2.get, SIDES)) if isinstance(image, TiffImageFile) else image.size
+            self.size: tuple[int, int] = (
+                stored[::-1] if self._turn in (5, 6, 7, 8) else stored
+            )  # as seen: width, height
 
     @classmethod
     def of(cls, file: BinaryIO, channels: int = 3) -> "AnyPicture":
@@ -265,7 +270,9 @@ def picture_in_tiff(file: BinaryIO, channels: int) -> AnyPicture:
         missing = error
     if image is None:
         raise missing or why or ValueError("of a kind of TIFF that is not known")
-    if missing and (channels != 1 or not is_8_bit(image)):
+    grey_of_colours = channels == 1 and is_8_bit(image)
+    all_there = isinstance(missing, MissingExtra) and image.tag_v2.get(SAMPLES, 1) == len(image.getbands()) == channels
+    if missing and not (grey_of_colours or all_there):
         raise missing
     file.seek(0)
     return with_channels(Picture(opened(file), file), channels)

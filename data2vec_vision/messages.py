@@ -103,7 +103,9 @@ def left_out(job: Job) -> list[tuple[str, str]]:
     names = getattr(job.method.views(), "left_out", ())
     if job.config.channels == 3 or not names:
         return []
-    return [("Views", f"without {' and '.join(names)}, which need{'s' * (len(names) == 1)} the three channels of RGB")]
+    *first, last = names
+    listed = f"{', '.join(first)} and {last}" if first else last
+    return [("Views", f"without {listed}, which need{'' if first else 's'} the three channels of RGB")]
 
 
 def changed_environment(job: Job) -> str:
