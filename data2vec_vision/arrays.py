@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_pil_image
 
 from data2vec_vision.errors import OtherChannels, explained
 from data2vec_vision.rasters import BAND_BYTES, ArrayRaster, Raster, refuse_too_large
@@ -60,6 +61,8 @@ class ArrayPicture:
     def resized(self, size: tuple[int, int]) -> Tensor:
         """All of it, resized to `size` by bilinear interpolation: [N, H, W]."""
         with explained():
+            if self.channels == 3 and not self.is_large:  # as photos are, which have been bytes before
+                return pil_to_tensor(resize(self.image(), list(size), InterpolationMode.BILINEAR))
             return self._finished(self._part((0, 0, self.raster.height, self.raster.width), size, False))
 
     def image(self, most: int | None = None) -> "Image.Image | Tensor":
@@ -166,7 +169,9 @@ class GreyPicture:
         return [grey(crop / 255) for crop in self.photo.crops(boxes, sizes)]
 
     def resized(self, size: tuple[int, int]) -> Tensor:
-        return grey(self.photo.resized(size) / 255)
+        if self.photo.is_huge:
+            return grey(self.photo.resized(size) / 255)
+        return resized(self.image(), size, cubic=False)
 
     def image(self, most: int | None = None) -> Tensor:
         with explained():

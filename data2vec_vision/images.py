@@ -131,10 +131,8 @@ class Picture:
             self._turn = image.getexif().get(ORIENTATION, 1)
             self._pixels: Tensor | None = None
             # Of a TIFF Pillow has turned the size already, or not yet, by its version.
-            stored = tuple(map(image.tag_v2.get, SIDES)) if isinstance(image, TiffImageFile) else image.size
-            self.size: tuple[int, int] = (
-                stored[::-1] if self._turn in (5, 6, 7, 8) else stored
-            )  # as seen: width, height
+            W, H = map(image.tag_v2.get, SIDES) if isinstance(image, TiffImageFile) else image.size
+            self.size: tuple[int, int] = (H, W) if self._turn in (5, 6, 7, 8) else (W, H)  # width and height, as seen
 
     @classmethod
     def of(cls, file: BinaryIO, channels: int = 3) -> "AnyPicture":
@@ -162,7 +160,7 @@ class Picture:
     def image(self, most: int | None = None) -> Image.Image:
         """All of it; of one with too many pixels to be decoded whole `most` a side, if given."""
         with explained():
-            if most is not None and self._is_huge:
+            if most is not None and self.is_huge:
                 return to_pil_image(self.resized(within(self.size[1], self.size[0], most)))
             self._refuse_huge()
             return as_seen(self.as_stored)
@@ -174,18 +172,21 @@ class Picture:
     def resized(self, size: tuple[int, int]) -> Tensor:
         """All of it, resized to (H, W) by bilinear interpolation: uint8 [3, H, W]."""
         with explained():
-            if self._is_huge:
+            if self.is_huge:
                 whole = (0, 0, self.size[1], self.size[0])
                 return self._reduced_crops(self._reduction([whole], [size]) or 1, [whole], [size], BILINEAR)[0]
             return pil_to_tensor(resize(self.image(), list(size), InterpolationMode.BILINEAR))
 
     @property
-    def _is_huge(self) -> bool:
+    def is_huge(self) -> bool:
         """Whether it has more pixels than Pillow decodes."""
-        return self.size[0] * self.size[1] > 2 * (Image.MAX_IMAGE_PIXELS or 2**62)
+        return self._has_too_many(1)
+
+    def _has_too_many(self, factor: int) -> bool:
+        return self.size[0] * self.size[1] > 2 * factor**2 * (Image.MAX_IMAGE_PIXELS or 2**62)
 
     def _refuse_huge(self, factor: int = 1) -> None:
-        if self._is_huge and self.size[0] * self.size[1] > 2 * factor**2 * (Image.MAX_IMAGE_PIXELS or 2**62):
+        if self._has_too_many(factor):
             raise Image.DecompressionBombError(
                 f"{self.size[0]:,} x {self.size[1]:,} pixels are too many, and it cannot be decoded with fewer"
             )
@@ -203,11 +204,17 @@ class Picture:
             return [resized_crop_image(self._pixels, *box, list(size), BICUBIC) for box, size in zip(boxes, sizes)]
 
     def _reduction(self, boxes: Sequence[Box], sizes: Sequence[tuple[int, int]]) -> int | None:
-        """By how much the decoder can make the image smaller; None: not at all."""
+        """By how much the decoder makes the image smaller; None: not at all.
+
+        One with too many pixels becomes smaller in any case, although a small crop of it then is not quite sharp.
+        """
         if not self._is_jpeg:
             return None
         shrink = min(min(box[2] / size[0], box[3] / size[1]) for box, size in zip(boxes, sizes, strict=True))
-        return next((k for k in (8, 4, 2) if k * REDUCE <= shrink), None)
+        factor = next((k for k in (8, 4, 2) if k * REDUCE <= shrink), None)
+        if self.is_huge:
+            return max(factor or 1, next((k for k in (2, 4) if not self._has_too_many(k)), 8))
+        return factor
 
     def _decoded(self) -> Tensor:
         if self._is_jpeg and self._turn == 1 and torchvision_reads_jpeg():

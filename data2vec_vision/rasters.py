@@ -57,9 +57,10 @@ class ArrayRaster(Raster):
     _pixels: np.ndarray | None = None
 
     def window(self, top: int, left: int, height: int, width: int) -> np.ndarray:
+        if self.mapped:  # anew each time: pages of a map that stays count as memory of this process
+            return self.load()[top : top + height, left : left + width]
         if self._pixels is None:
-            if not self.mapped:
-                refuse_too_large(self.height * self.width * self.channels * self.dtype.itemsize)
+            refuse_too_large(self.height * self.width * self.channels * self.dtype.itemsize)
             self._pixels = self.load()
         return self._pixels[top : top + height, left : left + width]
 

@@ -361,7 +361,7 @@ def test_a_large_npy_is_mapped_and_only_rows_of_a_crop_are_read(tmp_path):
     with open(tmp_path / "a.npy", "rb") as file:
         picture = Picture.of(file, 1)
         assert float(picture.crops([(500, 700, 20, 20)], [(10, 10)])[0].min()) == 1
-        assert isinstance(picture.raster._pixels.base, np.memmap)
+        assert isinstance(picture.raster.load().base, np.memmap) and picture.raster._pixels is None
         assert float(picture.glimpses().max()) == 0
 
 
@@ -377,9 +377,14 @@ def test_what_is_too_large_to_be_decoded_whole_is_refused_unless_less_will_do(mo
         assert picture.resized((16, 16)).shape == (3, 16, 16) and picture.image(most=30).size == (30, 20)
         with pytest.raises(Unreadable):
             picture.image()
-    with pytest.raises(Unreadable, match="too many, and it cannot be decoded with fewer"):
-        read(jpeg, 3).crops([(0, 0, 100, 100)], [(90, 90)])
+    (small,) = read(jpeg, 3).crops([(0, 0, 100, 100)], [(90, 90)])  # of a fourth of the pixels a side
+    expected = chw(np.asarray(Image.fromarray(SMOOTH[:100, :100]).resize((90, 90), Image.Resampling.BICUBIC)))
+    assert abs(small.double().numpy() - expected).mean() < 20
     with pytest.raises(Unreadable, match="decompression bomb"):
         read(png, 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)  # of which an eighth of the pixels a side is too much as well
+    with pytest.raises(Unreadable, match="too many, and it cannot be decoded with fewer"):
+        read(jpeg, 3).crops([(0, 0, 200, 300)], [(9, 9)])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
     with pytest.raises(Unreadable, match="one piece for the decoder"):
         read(array, 3).crops([(0, 0, 9, 9)], [(9, 9)])  # not a file of the disk
