@@ -49,7 +49,13 @@ def train_option(name: str) -> click.Option:
     if name == "set":
         return click.Option([flag(name)], multiple=True, metavar=meta["metavar"], help=help)
     if meta["choices"]:
-        return click.Option([flag(name)], type=click.Choice(meta["choices"]), default=field.default, help=help)
+        return click.Option(
+            [flag(name)],
+            type=click.Choice(meta["choices"]),
+            metavar=meta["metavar"] or None,
+            default=field.default,
+            help=help,
+        )
     return click.Option(
         [flag(name)],
         type=kind if field.default is not None else Auto(kind),

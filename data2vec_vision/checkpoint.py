@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.models import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
@@ -40,6 +41,7 @@ class Start:
 
     normalization: dict[str, Any] = field(default_factory=dict)  # mean and std expected of images
     mask_token: Tensor | None = None  # [1, 1, D]
+    channels: int | None = None  # that the weights are for, before they were made to fit
 
 
 @contextmanager
@@ -215,7 +217,8 @@ def load_weights(vit: VisionTransformer, path: str | os.PathLike[str]) -> Start:
     """Start `vit` from a file of ours, or from a file of timm weights (.pt, .pth, .bin, .safetensors).
 
     Of a training checkpoint it is the student. Position embeddings and patch kernels of another size are
-    resampled, as timm does; a classifier head is left out. Returns what else the file has for a start.
+    resampled, and kernels of three channels, or for one channel, adapted, as timm does; a classifier head is left out.
+    Returns what else the file has for a start.
     Raises InputError, naming the first misfit, when the weights are of another architecture.
     """
     content = read_safetensors(path) if str(path).endswith(".safetensors") else read(path)
@@ -227,6 +230,7 @@ def load_weights(vit: VisionTransformer, path: str | os.PathLike[str]) -> Start:
     if vit.cls_token is None:
         weights = without_class_token(weights)
     try:
+        channels = adapt_channels(weights, vit, path)
         weights = checkpoint_filter_fn(weights, vit)
     except (AttributeError, TypeError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(f"--init {path} holds no weights of a ViT: {one_line(error)}") from error
@@ -242,7 +246,24 @@ def load_weights(vit: VisionTransformer, path: str | os.PathLike[str]) -> Start:
             raise InputError(f"--init {path} is for an encoder of another size: {name} is {sizes}")
     vit.load_state_dict({name: weights[name] for name in vit.state_dict()})
     transform = content.get("transform", {})
-    return Start({n: tuple(transform[n]) for n in ("mean", "std") if n in transform}, content.get("mask_token"))
+    normalization = {n: tuple(transform[n]) for n in ("mean", "std") if n in transform}
+    return Start(normalization, content.get("mask_token"), channels)
+
+
+def adapt_channels(weights: dict[str, Any], vit: VisionTransformer, path: str | os.PathLike[str]) -> int | None:
+    """Give the patch kernel in `weights` the channels of `vit`. Returns those that it had, where it is found.
+
+    Raises InputError for a kernel of other than three channels where more than one is wanted.
+    """
+    name, wanted = "patch_embed.proj.weight", vit.patch_embed.proj.in_channels
+    kernel = weights.get(name)
+    if not isinstance(kernel, Tensor) or kernel.dim() != 4 or kernel.shape[1] == wanted:
+        return None
+    theirs = kernel.shape[1]
+    if theirs != 3 and wanted != 1:
+        raise InputError(f"--init {path} is for {theirs} channels, not {wanted}; give --channels {theirs}")
+    weights[name] = adapt_input_conv(wanted, kernel) if theirs == 3 else kernel.sum(dim=1, keepdim=True)
+    return theirs
 
 
 def without_class_token(weights: dict[str, Any]) -> dict[str, Any]:

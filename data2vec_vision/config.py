@@ -45,7 +45,9 @@ class TrainConfig:
 
     input_path: str | tuple[str, ...] = ""  # a tuple where there are several
 
-    image_size: int | None = _images(None, "Side of the square views, in pixels.", "[1, inf)", auto="the model's own, 224")
+    image_size: int | None = _images(None, "Side of the square views, pixels.", "[1, inf)", auto="the model's")
+    channels: int = _images(3, "Of images; 3: 8-bit RGB, else as stored.", "[1, inf)")
+    normalize: str = _images("auto", "By the mean and deviation of imagenet or dataset.", choices=("auto", "imagenet", "dataset"), metavar="HOW", auto="by the channels")
 
     model: str | None = _model(None, "Any timm VisionTransformer (see `models`), instead of the sizes below.", metavar="NAME", auto="a ViT-S/16")
     patch_size: int | None = _model(None, "Side of a patch, in pixels.", "[1, inf)", auto="16")
@@ -77,16 +79,16 @@ class TrainConfig:
 
     checkpoint_out_dir: str | None = _output(None, "Folder that the run writes to.", metavar="DIRECTORY", auto="runs/<input>-<method>")
     resume_checkpoint: str | None = _output(None, "Continue the run that wrote this checkpoint, exactly.", metavar="FILE")
-    allow_changed_images: bool = _output(False, "Resume although the folder's images have changed.")
+    allow_changed_images: bool = _output(False, "Resume although images have changed.")
     save_every: int = _output(10, "Epochs between saved files; the last epoch is always saved.", "[1, inf)")
     checkpoint_minutes: float = _output(10.0, "Minutes between rolling checkpoints.", "(0, inf)")
     log_every: int = _output(10, "Steps between lines of metrics.jsonl.", "[1, inf)")
     eval_path: str | None = _output(None, "Folder of class folders: log the kNN accuracy on it.", metavar="DIRECTORY")
     eval_every: int | None = _output(None, "Epochs between such evaluations.", "[1, inf)", auto="a tenth of the run")
     no_report: bool = _output(False, "Write no report.html at the end.")
-    no_tensorboard: bool = _output(False, "Write no TensorBoard events, even where it is installed.")
+    no_tensorboard: bool = _output(False, "Write no TensorBoard events.")
     wandb: str | None = _output(None, "Log to this project of Weights & Biases too.", metavar="PROJECT")
-    config: str | None = _output(None, "Take the settings of another run from its config.json.", metavar="FILE")
+    config: str | None = _output(None, "The config.json whose settings to take.", metavar="FILE")
     dry_run: bool = _output(False, "Print the plan with time and memory, draw example views, train nothing.")
 
     device: str | None = _machine(None, "cpu, cuda, cuda:1, mps, ...", metavar="NAME", auto="the best present")
@@ -201,6 +203,10 @@ def check(config: TrainConfig) -> None:
         raise InputError("--pretrained needs --model NAME, the timm model whose weights it loads")
     else:
         _check_sizes(config)
+    if config.normalize == "imagenet" and config.channels not in (1, 3):
+        raise InputError(
+            f"--normalize imagenet is for 1 or 3 channels, not {config.channels}; give --normalize dataset"
+        )
     if config.pretrained and config.init:
         raise InputError("--pretrained and --init both say where to start from; give one of them")
 

@@ -13,13 +13,15 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from multiprocessing.context import BaseContext
+from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data2vec_vision.images import Picture, Unreadable
+from data2vec_vision.arrays import ArrayPicture
+from data2vec_vision.errors import Unreadable
+from data2vec_vision.images import AnyPicture
 from data2vec_vision.masking import MaskSampler, stack_masks
 from data2vec_vision.seeding import derive, generator, seeded
 from data2vec_vision.sources import ImageFolder, opened_picture
@@ -71,14 +73,14 @@ class MicroBatches:
 class Sample:
     """One position of the stream."""
 
-    views: list[Tensor]  # uint8 [3, h, w] each
+    views: list[Tensor]  # uint8 [3, h, w] each, or float32 [C, h, w] of other than three channels
     masks: dict[str, Tensor]
     bad: dict[int, str]  # the unreadable images met on the way, with the reason
 
 
 @dataclass
 class Batch:
-    """A forward pass: V views, each uint8 [B, 3, h, w], index tensors [B, ...], and unreadable images."""
+    """A forward pass: V views, uint8 [B, 3, h, w] or float32 [B, C, h, w], indices [B, ...], unreadable images."""
 
     views: list[Tensor]
     masks: dict[str, Tensor]
@@ -100,10 +102,19 @@ class StreamDataset(Dataset):
     Images come from `opened`, which opens their files unless it is replaced.
     """
 
-    def __init__(self, source: ImageFolder, views: ViewTransform, masks: MaskSampler, seed: int, images_a_step: int):
+    def __init__(
+        self,
+        source: ImageFolder,
+        views: ViewTransform,
+        masks: MaskSampler,
+        seed: int,
+        images_a_step: int,
+        channels: int = 3,
+    ):
         self.source, self.views, self.masks = source, views, masks
-        self.seed, self.images_a_step = seed, images_a_step
-        self.opened: Callable[[int], AbstractContextManager[Picture]] = partial(opened_picture, source)
+        self.seed, self.images_a_step, self.channels = seed, images_a_step, channels
+        self.opened: Callable[[int], AbstractContextManager[AnyPicture]]
+        self.opened = partial(opened_picture, source, channels=channels)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         position, index = key
@@ -120,14 +131,17 @@ class StreamDataset(Dataset):
             with seeded(self.seed, "views", position), one_thread():
                 try:
                     with self.opened(chosen) as picture:
-                        if isinstance(self.views, Views):
-                            return self.views(picture), bad
-                        return self.views(picture.image()), bad
+                        return self.seen(picture), bad
                 except Unreadable as error:
                     bad[chosen] = str(error)
         # So many in a row mean that the folder is beyond the share of bad files that ends the run.
         with seeded(self.seed, "views", position), one_thread():
-            return self.views(Image.new("RGB", (64, 64))), bad
+            return self.seen(ArrayPicture.blank(self.channels)), bad
+
+    def seen(self, picture: AnyPicture) -> list[Tensor]:
+        """Its views; those of somebody's own take the whole image, PIL's or with other channels a tensor."""
+        views: Any = self.views
+        return views(picture if isinstance(views, Views) else picture.image())
 
 
 @contextmanager

@@ -1,4 +1,8 @@
-"""The three ways a run can end early; the command line turns each into one line and an exit code."""
+"""The three ways a run can end early, each an exit code of the command line; and images that cannot be read."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -15,6 +19,50 @@ class Stopped(Exception):
     def __init__(self, signal_number: int, message: str):
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+class Unreadable(Exception):
+    """An image that cannot be read; the text says why, in one line."""
+
+
+class OtherChannels(Unreadable):
+    """An image with `channels` channels where `wanted` were asked for."""
+
+    def __init__(self, channels: int, wanted: int):
+        has = f"it has {channels} channel{'s' * (channels != 1)}"
+        super().__init__(f"{has}; give --channels {channels}" if wanted == 3 else f"{has}, not {wanted}")
+        self.channels = channels
+
+
+class MissingExtra(Unreadable):
+    """An image whose format takes a package that is not installed."""
+
+    def __init__(self, extra: str):
+        super().__init__(f"needs pip install 'data2vec_vision[{extra}]'")
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Any error inside becomes Unreadable: damaged files make decoders raise nearly anything."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of metadata that does not matter; what cannot be decoded raises
+            yield
+    except Unreadable:
+        raise
+    except Exception as error:
+        raise Unreadable(why_unreadable(error)) from error
+
+
+def why_unreadable(error: Exception) -> str:
+    """The reason in one line, without what the name of the file says already."""
+    if isinstance(error, Unreadable):
+        return str(error)
+    if isinstance(error, FileNotFoundError):
+        return "no such file, or a link to one"
+    if isinstance(error, OSError):  # the system's, whose text repeats the path, or Pillow's own
+        return error.strerror or one_line(error).removeprefix("OSError: ").removeprefix("UnidentifiedImageError: ")
+    return one_line(error)
 
 
 def one_line(error: BaseException) -> str:

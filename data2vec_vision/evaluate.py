@@ -89,8 +89,8 @@ def evaluate(
     encoders = {TRAINED: model}
     if floors:
         twin, protocol[UNTRAINED] = untrained_twin(model, content, seed)
-        _, height, width = pixel_shape(model.transform.image_size)
-        protocol[PIXELS] = f"the images at {height} x {width} pixels, {3 * height * width:,} numbers"
+        channels, height, width = pixel_shape(model.transform.image_size, model.transform.channels)
+        protocol[PIXELS] = f"the images at {height} x {width} pixels, {channels * height * width:,} numbers"
         encoders = {UNTRAINED: twin, TRAINED: model}
     compute: dict[str, Callable[[Tensor], Tensor]] = {PIXELS: raw_pixels} if floors else {}
     compute |= {name: feature_function(e.to(where), where, pool, None, precision) for name, e in encoders.items()}
@@ -213,7 +213,7 @@ class KnnProbe:
     """kNN accuracy of an encoder that is being trained, on the same labelled images every time.
 
     Of at most `max_images` images below `path`, drawn under `seed`, a stratified fifth is classified by the others.
-    They are decoded once and kept as bytes where that takes less than KEPT_BYTES. Raises InputError for a folder
+    They are decoded once and kept where that takes less than KEPT_BYTES. Raises InputError for a folder
     without labels, with one class only, or without two readable images of a class.
     """
 
@@ -234,7 +234,8 @@ class KnnProbe:
         chosen = Selected(source, np.sort(labelled[order[:max_images]]))
         self.transform = transform
         loader = image_loader(chosen, transform, BATCH, workers)
-        keep = 3 * len(chosen) * math.prod(transform.image_size) <= KEPT_BYTES
+        of_pixel = 3 if transform.channels == 3 else 4 * transform.channels  # bytes
+        keep = of_pixel * len(chosen) * math.prod(transform.image_size) <= KEPT_BYTES
         batches, bad = [], set()
         for pixels, unreadable in loader:
             bad |= set(unreadable)

@@ -24,10 +24,10 @@ from data2vec_vision.device import (
     make_ready,
     set_fused_attention,
 )
-from data2vec_vision.errors import InputError, RunFailed, Stopped, one_line
+from data2vec_vision.errors import InputError, RunFailed, Stopped, Unreadable, one_line
 from data2vec_vision.partial import Partial
 from data2vec_vision.run import caught_signals, plural, say
-from data2vec_vision.sources import ImageFolder, open_source, read_image
+from data2vec_vision.sources import ImageFolder, open_source, opened_picture
 from data2vec_vision.transforms import ImageTransform
 from data2vec_vision.vit import Encoded, MaskedVisionTransformer, pooled
 from data2vec_vision.writers import FORMATS, Table, check_format, load_line, paths_file
@@ -144,7 +144,10 @@ def row_shape(model: MaskedVisionTransformer, pool: str) -> list[int]:
 
 
 class Images(Dataset):
-    """Index -> (index, uint8 [3, H, W]), or (index, the reason) for an image that cannot be read."""
+    """Index -> (index, uint8 [3, H, W]), or (index, the reason) for an image that cannot be read.
+
+    Images of other than three channels are float32 [C, H, W].
+    """
 
     def __init__(self, source: ImageFolder, transform: ImageTransform):
         self.source, self.transform = source, transform
@@ -153,12 +156,15 @@ class Images(Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
-        image = read_image(self.source, index)
-        return index, image if isinstance(image, str) else self.transform.resized(image)
+        try:
+            with opened_picture(self.source, index, self.transform.channels) as picture:
+                return index, self.transform.resized(picture)
+        except Unreadable as error:
+            return index, str(error)
 
 
 def collate(items: list[tuple[int, Tensor | str]]) -> tuple[Tensor | None, dict[int, str]]:
-    """The readable images, uint8 [B, 3, H, W], and the reasons for the others by index."""
+    """The readable images, [B, C, H, W], and the reasons for the others by index."""
     readable = [image for _, image in items if isinstance(image, Tensor)]
     return torch.stack(readable) if readable else None, {i: reason for i, reason in items if isinstance(reason, str)}
 
@@ -187,7 +193,7 @@ def image_loader(
 def feature_function(
     model: MaskedVisionTransformer, device: torch.device, pool: str | None, layer: int | None, precision: str = "fp32"
 ) -> Callable[[Tensor], Tensor]:
-    """uint8 images [B, 3, H, W] -> float32 features on the CPU: [B, D], [B, S, D] or [B, rows, columns, D].
+    """Images [B, C, H, W] of `collate` -> float32 features on the CPU: [B, D], [B, S, D] or [B, rows, columns, D].
 
     `pool` is mean, cls, patch, grid, or None for the model's own; `layer` in [1, L], or None: after the final norm.
     """

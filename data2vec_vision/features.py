@@ -47,7 +47,8 @@ class FeatureFile:
 
 def check_room(count: int, model: MaskedVisionTransformer, floors: bool) -> None:
     """Raises InputError unless the features of so many images fit into the folder for temporary files."""
-    width = model.embed_dim + (model.embed_dim + math.prod(pixel_shape(model.transform.image_size))) * floors
+    pixels = pixel_shape(model.transform.image_size, model.transform.channels)
+    width = model.embed_dim + (model.embed_dim + math.prod(pixels)) * floors
     place, needed = tempfile.gettempdir(), 4 * count * width
     if needed > (free := shutil.disk_usage(place).free):
         raise InputError(
@@ -59,7 +60,7 @@ def check_room(count: int, model: MaskedVisionTransformer, floors: bool) -> None
 def one_pass(
     loader: DataLoader, compute: Mapping[str, Callable[[Tensor], Tensor]], tick: Callable[[], None]
 ) -> tuple[dict[str, Tensor], dict[int, str]]:
-    """Features of the readable images by each function of `compute`, uint8 [B, 3, H, W] -> [B, D], and the bad files.
+    """Features of the readable images by each function of `compute`, [B, C, H, W] -> [B, D], and the bad files.
 
     Returns [N, D] by name and, by index, why an image cannot be read. `tick` is called after every batch.
     """
@@ -94,14 +95,14 @@ def refuse_not_finite(train: Tensor, test: Tensor, checkpoint: str) -> None:
         )
 
 
-def pixel_shape(image_size: tuple[int, int]) -> tuple[int, int, int]:
-    """(3, H, W) of the raw pixels of images of that size: theirs, but at most PIXEL_SIDE a side."""
+def pixel_shape(image_size: tuple[int, int], channels: int = 3) -> tuple[int, int, int]:
+    """(C, H, W) of the raw pixels of images of that size: theirs, but at most PIXEL_SIDE a side."""
     height, width = (min(PIXEL_SIDE, side) for side in image_size)
-    return 3, height, width
+    return channels, height, width
 
 
 def raw_pixels(pixels: Tensor) -> Tensor:
-    """uint8 images [B, 3, H, W] -> float32 [B, 3*h*w], shrunk to `pixel_shape` where they are larger."""
+    """Images [B, C, H, W] -> float32 [B, C*h*w], shrunk to `pixel_shape` where they are larger."""
     _, *shape = pixel_shape((pixels.shape[2], pixels.shape[3]))
     values = pixels.float()
     if shape != list(pixels.shape[2:]):
@@ -126,7 +127,10 @@ def untrained_twin(
         if config.get("model"):  # with timm's own parts behind the blocks, which draw numbers too
             model, arguments = (
                 config["model"],
-                {"img_size": arguments["img_size"], **method.encoder_arguments(config["pretrained"])},
+                {
+                    **{name: arguments[name] for name in ("img_size", "in_chans") if name in arguments},
+                    **method.encoder_arguments(config["pretrained"]),
+                },
             )
     except InputError:
         say_which += f", by timm's initialisation, for the method {content['method']} is not there"

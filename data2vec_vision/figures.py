@@ -11,9 +11,11 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
+from data2vec_vision.arrays import within
 from data2vec_vision.data import Stream, StreamDataset
-from data2vec_vision.pictures import BACKGROUND, Tile, grid, masked
+from data2vec_vision.pictures import BACKGROUND, Tile, grid, masked, shown
 from data2vec_vision.plan import Job
+from data2vec_vision.resampling import resized
 from data2vec_vision.sources import ImageFolder, read_image
 from data2vec_vision.vit import MaskedVisionTransformer
 
@@ -26,7 +28,8 @@ MAP_SIDE, THUMBNAIL = 960, 44  # pixels of the map of embeddings and of an image
 
 def example_dataset(job: Job) -> StreamDataset:
     config = job.config
-    return StreamDataset(job.source, job.method.views(), job.method.masks(), config.seed, config.images_a_step)
+    views, masks = job.method.views(), job.method.masks()
+    return StreamDataset(job.source, views, masks, config.seed, config.images_a_step, config.channels)
 
 
 def draw_views(job: Job) -> Image.Image:
@@ -36,14 +39,14 @@ def draw_views(job: Job) -> Image.Image:
     rows: list[list[Tile]] = []
     for position in range(min(EXAMPLES, len(job.source))):
         index = stream.image(position)
-        image = read_image(job.source, index)
+        image = read_image(job.source, index, job.config.channels, KEPT_SIDE)
         if isinstance(image, str):
             continue
         sample = dataset[position, index]
-        row: list[Tile] = [(image, job.source.name(index)[-16:], None)]
+        row: list[Tile] = [(shown(image), job.source.name(index)[-16:], None)]
         first = sample.views[0].shape
         for n, view in enumerate(sample.views):
-            row.append((to_pil_image(view), f"view {n + 1}" if view.shape == first else f"small crop {n + 1}", None))
+            row.append((shown(view), f"view {n + 1}" if view.shape == first else f"small crop {n + 1}", None))
         if sample.masks:
             row.append(
                 (masked(sample.views[0], job.method.student.patch_size, sample.masks), "what the student sees", None)
@@ -52,13 +55,17 @@ def draw_views(job: Job) -> Image.Image:
     return grid(rows, side=144)
 
 
-def examples(source: ImageFolder) -> list[Image.Image]:
+def examples(source: ImageFolder, channels: int = 3) -> list[Image.Image | Tensor]:
     """Up to CROWD readable images, always the same ones; the first EXAMPLES, too, are from all over the source."""
-    N, found = len(source), []
+    found: list[Image.Image | Tensor] = []
+    N = len(source)
     for index in torch.linspace(0, N - 1, min(CROWD, N)).long().tolist():
-        image = read_image(source, index)
+        image = read_image(source, index, channels, KEPT_SIDE)
         if isinstance(image, Image.Image):
             image.thumbnail((KEPT_SIDE, KEPT_SIDE))  # dozens of large photos would take gigabytes
+        elif isinstance(image, Tensor):
+            image = resized(image, within(image.shape[1], image.shape[2], KEPT_SIDE), cubic=False)
+        if not isinstance(image, str):
             found.append(image)
     spread = range(0, len(found), max(1, len(found) // EXAMPLES))[:EXAMPLES]
     return [found[i] for i in spread] + [image for i, image in enumerate(found) if i not in spread]
@@ -68,7 +75,7 @@ Encoders = Sequence[tuple[str, MaskedVisionTransformer]]  # with what to call ea
 
 
 @torch.inference_mode()
-def draw_patch_features(encoders: Encoders, images: Sequence[Image.Image]) -> Image.Image:
+def draw_patch_features(encoders: Encoders, images: Sequence[Image.Image | Tensor]) -> Image.Image:
     """A row an image, a column an encoder: three principal components of its patch features as red, green and blue.
 
     The components are those of all patches of all `images`, of which the first EXAMPLES are drawn. What a place has in
@@ -83,7 +90,7 @@ def draw_patch_features(encoders: Encoders, images: Sequence[Image.Image]) -> Im
 
 
 @torch.inference_mode()
-def draw_attention(encoders: Encoders, images: Sequence[Image.Image]) -> Image.Image | None:
+def draw_attention(encoders: Encoders, images: Sequence[Image.Image | Tensor]) -> Image.Image | None:
     """A row an image, a column an encoder: how much its last block attends to each patch, the mean over heads.
 
     From the class token where that is the feature, else from all patches. None for blocks of another kind.
@@ -99,7 +106,7 @@ def draw_attention(encoders: Encoders, images: Sequence[Image.Image]) -> Image.I
     return draw_maps(encoders, images[:EXAMPLES], columns)
 
 
-def batch(encoder: MaskedVisionTransformer, images: Sequence[Image.Image]) -> Tensor:
+def batch(encoder: MaskedVisionTransformer, images: Sequence[Image.Image | Tensor]) -> Tensor:
     device = next(encoder.parameters()).device
     return torch.stack([encoder.transform(image) for image in images]).to(device)
 
@@ -121,7 +128,7 @@ def principal_colours(tokens: Tensor, before: Tensor | None = None) -> Tensor:
     return colours.view(*tokens.shape[:2], 3)
 
 
-def draw_maps(encoders: Encoders, images: Sequence[Image.Image], columns: Sequence[Tensor]) -> Image.Image:
+def draw_maps(encoders: Encoders, images: Sequence[Image.Image | Tensor], columns: Sequence[Tensor]) -> Image.Image:
     """A row an image: the image, and for each encoder its colours [B, S, 3] of the patches."""
     rows: list[list[Tile]] = []
     for n, image in enumerate(images):
@@ -133,9 +140,9 @@ def draw_maps(encoders: Encoders, images: Sequence[Image.Image], columns: Sequen
     return grid(rows, side=SIDE)
 
 
-def squashed(image: Image.Image, encoder: MaskedVisionTransformer) -> Image.Image:
+def squashed(image: Image.Image | Tensor, encoder: MaskedVisionTransformer) -> Image.Image:
     """The image as the encoder gets it, so that its patches lie where those of the maps do."""
-    return to_pil_image(encoder.transform.resized(image))
+    return shown(encoder.transform.resized(image))
 
 
 def draw_neighbours(features: Tensor, image: Callable[[int], Image.Image], names: Sequence[str]) -> Image.Image:

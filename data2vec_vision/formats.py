@@ -1,6 +1,6 @@
 """The formats of `export`: how each is written, the line of Python that loads it, and what it then gives.
 
-Shapes: N images, H x W pixels, S patches, D width.
+Shapes: N images, C channels, H x W pixels, S patches, D width.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ class Encoder:
     about: dict[str, Any]  # where it comes from
 
     def noise(self, count: int) -> Tensor:
-        """Images to try it on, [count, 3, H, W]."""
+        """Images to try it on, [count, C, H, W]."""
         shape = (count, self.vit.patch_embed.proj.in_channels, *self.ours.image_size)
         return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
@@ -140,7 +140,7 @@ def huggingface_outputs(source: Encoder, loaded: dict[str, Any], images: Tensor)
 
 
 class TokensAndEmbedding(nn.Module):
-    """Images [N, 3, H, W] -> patch tokens [N, S, D] and one vector an image [N, D]."""
+    """Images [N, C, H, W] -> patch tokens [N, S, D] and one vector an image [N, D]."""
 
     def __init__(self, vit: VisionTransformer):
         super().__init__()
@@ -152,7 +152,7 @@ class TokensAndEmbedding(nn.Module):
 
 
 def write_onnx(source: Encoder, path: Path) -> None:
-    """Images [N, 3, H, W] -> features [N, S, D] and embedding [N, D], for any N.
+    """Images [N, C, H, W] -> features [N, S, D] and embedding [N, D], for any N.
 
     Weights beyond 2 GB, which an .onnx file cannot hold, go to a second file. Raises RunFailed when torch cannot.
     """
@@ -209,8 +209,9 @@ def usage(source: Encoder, format: str) -> str:
     transform, prefix = source.ours.transform, source.vit.num_prefix_tokens
     patches = f"[:, {prefix}:]" if prefix else ""
     height, width = transform.image_size
-    pixels = f"RGB in [0, 1], resized to {height} x {width}, minus {list(transform.mean)}, over {list(transform.std)}"
-    first = f"images: float32 [N, 3, {height}, {width}], {pixels}; "
+    values = "RGB in [0, 1]" if transform.channels == 3 else "values as d2v.open_image gives them"
+    pixels = f"{values}, resized to {height} x {width}, minus {list(transform.mean)}, over {list(transform.std)}"
+    first = f"images: float32 [N, {transform.channels}, {height}, {width}], {pixels}; "
     if format == "onnx":
         return first + 'patch tokens and embedding: features, embedding = session.run(None, {"images": images})'
     if format == "huggingface":

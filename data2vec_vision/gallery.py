@@ -1,6 +1,7 @@
 """The pictures of a run's page, drawn anew from its encoders and its images."""
 
 import base64
+import contextlib
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,12 +12,11 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2.functional import to_pil_image
 
 from data2vec_vision import checkpoint, methods
 from data2vec_vision.config import TrainConfig
 from data2vec_vision.device import find_device
-from data2vec_vision.errors import InputError
+from data2vec_vision.errors import InputError, Unreadable
 from data2vec_vision.extract import feature_function
 from data2vec_vision.figures import (
     EXAMPLES,
@@ -30,8 +30,10 @@ from data2vec_vision.figures import (
     examples,
     principal_places,
 )
+from data2vec_vision.pictures import shown
 from data2vec_vision.plan import Job, device_to_go_on, prepare
-from data2vec_vision.sources import read_image
+from data2vec_vision.sources import opened_picture
+from data2vec_vision.transforms import ImageTransform
 
 MOST_IMAGES, FEWEST_IMAGES = 1000, 100  # whose features are computed
 SECONDS = 20  # that this may take, roughly
@@ -58,17 +60,20 @@ def draw_pictures(
     )
     try:
         where = find_device(device or device_to_go_on(config.device))
-        job = prepare(replace(plain, device=str(where)))
+        files = encoder_files(folder)
+        # Before anything is saved only views and masks are drawn, for which no mean matters.
+        usual = ImageTransform.of_channels((1, 1), config.channels)
+        transform = checkpoint.load(files[-1][1]).transform if files else usual
+        job = prepare(replace(plain, device=str(where)), transform=transform)
     except InputError as error:
         return [], [f"The pictures are left out: {error}."]
     pictures = [picture("What the model saw", VIEWS, draw_views(job))]
-    files = encoder_files(folder)
     if not files:
         return pictures, ["Pictures of features come with the first saved encoder."]
     encoders = [(f"epoch {epoch}", checkpoint.load(path)) for epoch, path in files]
     if not (config.init or config.pretrained):
         encoders.insert(0, ("untrained", job.method.student.eval()))
-    images = examples(job.source)
+    images = examples(job.source, config.channels)
     for _, encoder in encoders:
         encoder.to(where)
     pictures += reconstruction(folder, job, images[:EXAMPLES])
@@ -90,14 +95,14 @@ def encoder_files(folder: Path) -> list[tuple[str, Path]]:
     return [(str(epochs[i]), found[epochs[i]]) for i in chosen]
 
 
-def patch_maps(encoders: Encoders, images: Sequence[Image.Image]) -> Iterator[dict[str, Any]]:
+def patch_maps(encoders: Encoders, images: Sequence[Image.Image | Tensor]) -> Iterator[dict[str, Any]]:
     if images:
         yield picture("What the patch features tell apart", MAPS, draw_patch_features(encoders, images))
         if attention := draw_attention(encoders, images):
             yield picture("Where it looks", ATTENTION, attention)
 
 
-def reconstruction(folder: Path, job: Job, images: Sequence[Image.Image]) -> Iterator[dict[str, Any]]:
+def reconstruction(folder: Path, job: Job, images: Sequence[Image.Image | Tensor]) -> Iterator[dict[str, Any]]:
     """For a method that draws its predictions (MAE)."""
     if not hasattr(job.method, "picture") or not (folder / "checkpoint_last.pt").exists():
         return
@@ -119,9 +124,11 @@ def neighbourhoods(job: Job, encoder: Any, where: torch.device, count: int, maps
     for start in range(0, len(indices), 50):
         pixels = []
         for index in indices[start : start + 50]:
-            image = read_image(job.source, index)
-            if isinstance(image, Image.Image):
-                pixels.append(encoder.transform.resized(image))
+            with (
+                contextlib.suppress(Unreadable),
+                opened_picture(job.source, index, encoder.transform.channels) as opened,
+            ):
+                pixels.append(encoder.transform.resized(opened))
                 names.append(job.source.name(index))
         if pixels:
             features.append(compute(torch.stack(pixels)))
@@ -136,7 +143,7 @@ def neighbourhoods(job: Job, encoder: Any, where: torch.device, count: int, maps
 
 
 def small(pixels: Tensor) -> Image.Image:
-    image = to_pil_image(pixels)
+    image = shown(pixels)
     image.thumbnail((96, 96))
     return image
 

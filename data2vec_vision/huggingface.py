@@ -68,15 +68,19 @@ def as_huggingface(
 
 
 def processor(transform: ImageTransform) -> dict[str, Any]:
-    """preprocessor_config.json: the whole image resized, not cropped, then normalised."""
+    """preprocessor_config.json: the whole image resized, not cropped, then normalised.
+
+    Images of other than three channels are expected as `d2v.open_image` gives them.
+    """
+    photos = transform.channels == 3
     height, width = transform.image_size
     return {
         "image_processor_type": "ViTImageProcessor",
-        "do_convert_rgb": True,
+        "do_convert_rgb": photos,
         "do_resize": True,
         "size": {"height": height, "width": width},
         "resample": BILINEAR,
-        "do_rescale": True,
+        "do_rescale": photos,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": list(transform.mean),

@@ -1,39 +1,50 @@
 """From an image file to pixels: the whole image in RGB, or only crops of it, which takes less time.
 
-Shapes: H x W pixels of a crop that was asked for.
+What is no photo, or has to have another number of channels, is an ArrayPicture. Shapes: H x W pixels of a crop that
+was asked for, N channels.
 """
 
 import functools
 import io
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import BinaryIO
+from collections.abc import Sequence
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2.functional import pil_to_tensor, resize_image, to_pil_image
+from torchvision.transforms.v2.functional import pil_to_tensor, resize, resize_image, to_pil_image
 
-from data2vec_vision.errors import one_line
+from data2vec_vision import tiff
+from data2vec_vision.arrays import ArrayPicture, Box, GreyPicture, within
+from data2vec_vision.dicom import MARK, dicom_raster
+from data2vec_vision.errors import MissingExtra, OtherChannels, explained
+from data2vec_vision.modes import is_8_bit, pillow_raster
+from data2vec_vision.rasters import NUMPY, numpy_raster
 
-BICUBIC = InterpolationMode.BICUBIC
+BICUBIC, BILINEAR = InterpolationMode.BICUBIC, Image.Resampling.BILINEAR
 JPEG = b"\xff\xd8\xff"  # how such a file begins
+SIDES, SAMPLES = (256, 257), 277  # TIFF's tags: width and height, channels
 ORIENTATION = 0x0112  # EXIF's tag: 1 is upright, 2 to 8 are turned or mirrored
 REDUCE = 1.5  # times as fine as needed, at least, stays an image that the decoder makes smaller
-Box = tuple[int, int, int, int]  # top, left, height, width in pixels of the upright image
+START = 132  # bytes by which all formats are known
+LARGE_TIFF = 2**24  # pixels; beyond, only the tiles are decoded that a crop touches
+HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 
+# Of formats whose extras may be missing: their files are images, and unreadable ones then.
+MORE_SUFFIXES = {".npy", ".tif", ".tiff", ".dcm", ".dicom", ".heic", ".heif", ".hif"}
 # Formats that Pillow recognises without being able to decode them by itself, and EPS, a program to be run.
 UNDECODABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 def image_suffixes() -> frozenset[str]:
-    """The lower-case file suffixes, with their dot, of all formats that Pillow can read here."""
-    return frozenset(
+    """The lower-case file suffixes, with their dot, of all formats that Pillow can read here, or an extra could."""
+    return frozenset(MORE_SUFFIXES).union(
         suffix
         for suffix, name in Image.registered_extensions().items()
         if name in Image.OPEN and name not in UNDECODABLE
@@ -54,6 +65,15 @@ def opened(file: BinaryIO) -> Image.Image:
     except UnidentifiedImageError as error:
         why = "of no format that Pillow reads" if file.seek(0, os.SEEK_END) else "it is empty"
         raise UnidentifiedImageError(f"cannot identify image file: {why}") from error
+
+
+def opened_jpeg(file: BinaryIO) -> Image.Image:
+    """A JPEG with its header read, of any size: the decoder may make it smaller."""
+    try:
+        return Image.open(file, formats=["JPEG", "MPO"])
+    except Image.DecompressionBombError:
+        file.seek(0)
+        return JpegImagePlugin.jpeg_factory(file)
 
 
 def as_seen(image: Image.Image) -> Image.Image:
@@ -93,23 +113,6 @@ def _grey(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8)).convert("RGB")
 
 
-class Unreadable(Exception):
-    """An image that cannot be read; the text says why, in one line."""
-
-
-@contextmanager
-def explained() -> Iterator[None]:
-    """Any error inside becomes Unreadable: damaged files make decoders raise nearly anything."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of metadata that does not matter; what cannot be decoded raises
-            yield
-    except Unreadable:
-        raise
-    except Exception as error:
-        raise Unreadable(why_unreadable(error)) from error
-
-
 class Picture:
     """An image, upright, in RGB, 8 bits a channel, of which crops can be had; only its header is read at once.
 
@@ -122,22 +125,37 @@ class Picture:
 
     def __init__(self, image: Image.Image, file: BinaryIO | None = None):
         with explained():
-            self._image, self._file = image, file
+            self.as_stored, self.format, self._file = image, image.format, file
+            self.tiles = tuple(getattr(image, "tile", ()))  # how pixels are stored; once they are decoded it is gone
             self._is_jpeg = file is not None and image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
             self._turn = image.getexif().get(ORIENTATION, 1)
             self._pixels: Tensor | None = None
-            self.size = image.size[::-1] if self._turn in (5, 6, 7, 8) else image.size  # width and height, as seen
+            # Of a TIFF Pillow has turned the size already, or not yet, by its version.
+            W, H = map(image.tag_v2.get, SIDES) if isinstance(image, TiffImageFile) else image.size
+            self.size: tuple[int, int] = (H, W) if self._turn in (5, 6, 7, 8) else (W, H)  # width and height, as seen
 
     @classmethod
-    def of(cls, file: BinaryIO) -> "Picture":
-        """The picture in a file that can seek and stays open as long as the picture is used."""
+    def of(cls, file: BinaryIO, channels: int = 3) -> "AnyPicture":
+        """The picture in a file that can seek and stays open as long as the picture is used.
+
+        With three `channels` it is 8-bit RGB, else an image of so many channels as numbers; see ArrayPicture. Raises
+        Unreadable: OtherChannels, MissingExtra, or with another reason.
+        """
         with explained():
-            start = file.read(len(JPEG))
+            start = file.read(START)
             file.seek(0)
-            if start == JPEG:  # the most frequent format, and Pillow would try others first
+            if start.startswith(JPEG):  # the most frequent format, and Pillow would try others first
                 file = io.BytesIO(file.read())
-                return cls(Image.open(file, formats=["JPEG", "MPO"]), file)
-            return cls(opened(file), file)
+                return with_channels(cls(opened_jpeg(file), file), channels)
+            if start.startswith(NUMPY):
+                return ArrayPicture(numpy_raster(file), channels)
+            if start[128:] == MARK:
+                return ArrayPicture(dicom_raster(file, as_photo=channels == 3), channels)
+            if start.startswith(tiff.BEGINNINGS):
+                return picture_in_tiff(file, channels)
+            if start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS and not register_heif():
+                raise MissingExtra("heif")
+            return with_channels(cls(opened(file), file), channels)
 
     @classmethod
     def decoded(cls, pixels: Tensor) -> "Picture":
@@ -146,39 +164,89 @@ class Picture:
         picture._pixels, picture._is_jpeg, picture.size = pixels, False, (pixels.shape[2], pixels.shape[1])
         return picture
 
-    def image(self) -> Image.Image:
-        """All of it."""
-        with explained():
-            return to_pil_image(self._pixels) if self._pixels is not None else as_seen(self._image)
-
     def pixels(self) -> Tensor:
         """All of it, as crops are made of: uint8 [3, height, width]."""
         with explained():
             if self._pixels is None:
+                self._refuse_huge()
                 self._pixels = self._decoded()
             return self._pixels
+
+    def image(self, most: int | None = None) -> Image.Image:
+        """All of it; of one with too many pixels to be decoded whole `most` a side, if given."""
+        with explained():
+            if most is not None and self.is_huge:
+                return to_pil_image(self.resized(within(self.size[1], self.size[0], most)))
+            if self._pixels is not None:
+                return to_pil_image(self._pixels)
+            self._refuse_huge()
+            return as_seen(self.as_stored)
+
+    def glimpses(self) -> Tensor:
+        """What tells its statistics, uint8 [3, h, w]: all of it, or of one that has too many pixels a smaller image."""
+        return pil_to_tensor(self.image(most=1024))
+
+    def resized(self, size: tuple[int, int]) -> Tensor:
+        """All of it, resized to (H, W) by bilinear interpolation: uint8 [3, H, W]."""
+        with explained():
+            if self.is_huge:
+                whole = (0, 0, self.size[1], self.size[0])
+                return self._reduced_crops(self._reduction([whole], [size]) or 1, [whole], [size], BILINEAR)[0]
+            return pil_to_tensor(resize(self.image(), list(size), InterpolationMode.BILINEAR))
+
+    @property
+    def is_huge(self) -> bool:
+        """Whether it has more pixels than Pillow decodes."""
+        return self._has_too_many(1)
+
+    def _has_too_many(self, factor: int) -> bool:
+        return self.size[0] * self.size[1] > 2 * factor**2 * (Image.MAX_IMAGE_PIXELS or 2**62)
+
+    def _refuse_huge(self, factor: int = 1) -> None:
+        if self._has_too_many(factor):
+            raise Image.DecompressionBombError(
+                f"{self.size[0]:,} x {self.size[1]:,} pixels are too many, and it cannot be decoded with fewer"
+            )
 
     def crops(self, boxes: Sequence[Box], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         """What is in each of the boxes, resized to (H, W) in `sizes` by bicubic interpolation: uint8 [3, H, W] each."""
         if not boxes:
             return []
         with explained():
-            if self._pixels is None and self._is_jpeg:
-                shrink = min(min(box[2] / size[0], box[3] / size[1]) for box, size in zip(boxes, sizes, strict=True))
-                if factor := next((k for k in (8, 4, 2) if k * REDUCE <= shrink), None):
-                    return self._reduced_crops(factor, boxes, sizes)
+            if self._pixels is None and (factor := self._reduction(boxes, sizes)):
+                return self._reduced_crops(factor, boxes, sizes)
             pixels = self.pixels()
             return [resized_crop(pixels, box, size) for box, size in zip(boxes, sizes)]
+
+    def _reduction(self, boxes: Sequence[Box], sizes: Sequence[tuple[int, int]]) -> int | None:
+        """By how much the decoder makes the image smaller; None: not at all.
+
+        One with too many pixels becomes smaller in any case, although a small crop of it then is not quite sharp.
+        """
+        if not self._is_jpeg:
+            return None
+        shrink = min(min(box[2] / size[0], box[3] / size[1]) for box, size in zip(boxes, sizes, strict=True))
+        factor = next((k for k in (8, 4, 2) if k * REDUCE <= shrink), None)
+        if self.is_huge:
+            return max(factor or 1, next((k for k in (2, 4) if not self._has_too_many(k)), 8))
+        return factor
 
     def _decoded(self) -> Tensor:
         if self._is_jpeg and self._turn == 1 and torchvision_reads_jpeg():
             self._file.seek(0)
             return decode_jpeg(torch.frombuffer(bytearray(self._file.read()), dtype=torch.uint8), ImageReadMode.RGB)
-        return pil_to_tensor(as_seen(self._image))
+        return pil_to_tensor(as_seen(self.as_stored))
 
-    def _reduced_crops(self, factor: int, boxes: Sequence[Box], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    def _reduced_crops(
+        self,
+        factor: int,
+        boxes: Sequence[Box],
+        sizes: Sequence[tuple[int, int]],
+        filter: Image.Resampling = Image.Resampling.BICUBIC,
+    ) -> list[Tensor]:
+        self._refuse_huge(factor)
         self._file.seek(0)
-        image = opened(self._file)
+        image = opened_jpeg(self._file)
         image.draft(image.mode, (image.width // factor, image.height // factor))
         image = as_seen(image)
         # The last column and row may stand for fewer pixels than the others; turned, they come first.
@@ -199,6 +267,58 @@ def resized_crop(pixels: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
     return resize_image(part.contiguous(memory_format=torch.channels_last), list(size), BICUBIC)[0]
 
 
+AnyPicture = Picture | ArrayPicture | GreyPicture
+
+
+def with_channels(picture: Picture, channels: int) -> AnyPicture:
+    """A picture that Pillow has opened as one of so many channels. Raises OtherChannels."""
+    if channels == 3:
+        return picture
+    image = picture.as_stored
+    if channels == 1 and is_8_bit(image):
+        return GreyPicture(picture)
+    return ArrayPicture(pillow_raster(image, picture.size), channels)
+
+
+def picture_in_tiff(file: BinaryIO, channels: int) -> AnyPicture:
+    """By Pillow what becomes 8-bit RGB and is not large; else by tifffile, or what that leaves over by Pillow."""
+    image: Any = None
+    why, missing = None, None
+    try:
+        image = opened(file)
+    except Exception as error:  # too large for Pillow, or of a kind that it does not know
+        why = error
+    if channels == 3 and image is not None and image.width * image.height <= LARGE_TIFF:
+        if (samples := image.tag_v2.get(SAMPLES, 1)) > 4:  # of which Pillow would take the first
+            raise OtherChannels(samples, channels)
+        return Picture(image, file)
+    try:
+        raster = tiff.tiff_raster(file, channels)
+        if raster is not None:
+            return ArrayPicture(raster, channels)
+    except (MissingExtra, OtherChannels) as error:  # Pillow has a grey of CMYK, and can do without tifffile
+        missing = error
+    if image is None:
+        raise missing or why or ValueError("of a kind of TIFF that is not known")
+    grey_of_colours = channels == 1 and is_8_bit(image)
+    all_there = isinstance(missing, MissingExtra) and image.tag_v2.get(SAMPLES, 1) == len(image.getbands()) == channels
+    if missing and not (grey_of_colours or all_there):
+        raise missing
+    file.seek(0)
+    return with_channels(Picture(opened(file), file), channels)
+
+
+@functools.cache
+def register_heif() -> bool:
+    """Teaches Pillow to read HEIF; whether that could be done."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
 @functools.cache
 def torchvision_reads_jpeg() -> bool:
     """Whether this torchvision was built with a JPEG decoder."""
@@ -211,16 +331,10 @@ def torchvision_reads_jpeg() -> bool:
     return True
 
 
-def open_image(path: str | os.PathLike[str]) -> Image.Image:
-    """An image file as `train` and `extract` see it: upright, in RGB; see `decode`."""
+def open_image(path: str | os.PathLike[str], channels: int = 3) -> Image.Image | Tensor:
+    """An image file as `train` and `extract` see it.
+
+    With three channels it is a PIL image, upright and in RGB, see `decode`; else float32 [N, H, W], see ArrayPicture.
+    """
     with open(path, "rb") as file:
-        return decode(file)
-
-
-def why_unreadable(error: Exception) -> str:
-    """The reason in one line, without what the name of the file says already."""
-    if isinstance(error, FileNotFoundError):
-        return "no such file, or a link to one"
-    if isinstance(error, OSError):  # the system's, whose text repeats the path, or Pillow's own
-        return error.strerror or one_line(error).removeprefix("OSError: ").removeprefix("UnidentifiedImageError: ")
-    return one_line(error)
+        return Picture.of(file, channels).image()

@@ -47,6 +47,8 @@ def describe(job: Job) -> str:
     each = f" of {share} each" if distributed.processes() > 1 else ""
     lines = [
         ("Images", f"{len(job.source):,} in {', '.join(config.inputs)} ({suffixes(job.source)})"),
+        *job.notes,
+        *left_out(job),
         ("Model", f"{model}, {millions} parameters"),
         ("Input", f"{config.image_size} px in {rows} x {columns} = {S} patches of {method.student.patch_size} px"),
         ("Method", f"{config.method}: {method.describe()}"),
@@ -95,6 +97,16 @@ def describe(job: Job) -> str:
         every = f"torchrun --nproc-per-node {gpus} -m data2vec_vision train {shlex.join(config.inputs)}"
         lines.append(("Hint", f"{gpus} GPUs found, using 1; all {gpus}: {every} ..."))
     return "\n".join(f"{title:<8} {text}" for title, text in lines)
+
+
+def left_out(job: Job) -> list[tuple[str, str]]:
+    """What of the augmentation is for photos only, and not done to other images."""
+    names = getattr(job.method.views(), "left_out", ())
+    if job.config.channels == 3 or not names:
+        return []
+    *first, last = names
+    listed = f"{', '.join(first)} and {last}" if first else last
+    return [("Views", f"without {listed}, which need{'' if first else 's'} the three channels of RGB")]
 
 
 def changed_environment(job: Job) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from data2vec_vision import distributed
 from data2vec_vision.errors import one_line
@@ -41,7 +42,7 @@ class Onlooker:
         self.job, self.folder = job, folder
         self.judge = Judge(facts(job), job.config.eval_path)
         self.probe: KnnProbe | None = None
-        self._examples: list[Image.Image] = []
+        self._examples: list[Image.Image | Tensor] = []
         self._given_up: set[str] = set()
         if not distributed.is_main():
             return
@@ -84,7 +85,7 @@ class Onlooker:
             self._try("the picture of the patch features", lambda: self._draw(step, epoch))
 
     def _draw(self, step: int, epoch: int) -> None:
-        self._examples = self._examples or examples(self.job.source)
+        self._examples = self._examples or examples(self.job.source, self.job.config.channels)
         try:
             drawn = draw_patch_features([(f"epoch {epoch}", self.job.method.student.eval())], self._examples)
         finally:

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
@@ -40,8 +41,29 @@ def grid(rows: Sequence[Sequence[Tile]], side: int = 112, title: str = "", group
     return page
 
 
+def as_colours(pixels: Tensor, like: Tensor | None = None) -> Tensor:
+    """What an image of any number of channels is shown as: uint8 [3, H, W].
+
+    Bytes stay what they are. Of float32 [C, H, W] one channel is grey and of more the first three are red, green and
+    blue, each stretched between the least and the greatest value that it has in `like`, by default in the image.
+    """
+    if pixels.dtype == torch.uint8:
+        return pixels
+    few, range_of = pixels[:3].float(), (pixels if like is None else like)[:3].float()
+    low, high = range_of.amin(dim=(1, 2), keepdim=True), range_of.amax(dim=(1, 2), keepdim=True)
+    stretched = ((few - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).mul(255).round().byte()
+    if len(few) == 1:
+        return stretched.expand(3, -1, -1)
+    return torch.cat([stretched, stretched.new_zeros(3 - len(few), *few.shape[1:])])
+
+
+def shown(image: Image.Image | Tensor, like: Tensor | None = None) -> Image.Image:
+    """An image to look at, of pixels as `as_colours` takes them."""
+    return to_pil_image(as_colours(image, like)) if isinstance(image, Tensor) else image
+
+
 def masked(view: Tensor, patch_size: int, masks: dict[str, Tensor]) -> Image.Image:
-    """A view, uint8 [3, H, W], with the patches that the student does not see in grey.
+    """A view, as `as_colours` takes it, with the patches that the student does not see in grey.
 
     `masks` of one image: `keep` are the seen patches (of the first mask where there are several), or `query`
     the hidden ones.
@@ -49,13 +71,13 @@ def masked(view: Tensor, patch_size: int, masks: dict[str, Tensor]) -> Image.Ima
     rows, columns = view.shape[1] // patch_size, view.shape[2] // patch_size
     everything = set(range(rows * columns))
     if not {"keep", "query"} & masks.keys():  # of a method of somebody's own, which calls them otherwise
-        return to_pil_image(view)
+        return shown(view)
     if "keep" in masks:
         keep = masks["keep"] if masks["keep"].dim() == 1 else masks["keep"][0]
         hidden = everything - set(keep.tolist())
     else:
         hidden = set(masks["query"].flatten().tolist())
-    image = view.clone()
+    image = as_colours(view).clone()
     for index in hidden:
         y, x = index // columns * patch_size, index % columns * patch_size
         image[:, y : y + patch_size, x : x + patch_size] = 128

@@ -35,10 +35,12 @@ from data2vec_vision.device import (
 from data2vec_vision.errors import InputError
 from data2vec_vision.knobs import knobs_from, option_defaults
 from data2vec_vision.methods.base import Method
+from data2vec_vision.normalization import Normalization, chosen
 from data2vec_vision.recipes import as_typed, with_paper
 from data2vec_vision.schedules import Plan
 from data2vec_vision.seeding import seeded
-from data2vec_vision.sources import ImageFolder, open_source
+from data2vec_vision.sources import ImageFolder, check_channels, open_source
+from data2vec_vision.transforms import ImageTransform
 from data2vec_vision.vit import DEFAULT_MODEL, build_vit, forward_flops
 
 # What a resumed run may do differently, because it does not change what is computed.
@@ -73,6 +75,7 @@ class Job:
     device: torch.device
     first_step: int = 0
     restored: dict[str, Any] | None = None  # the checkpoint that is continued
+    notes: Sequence[tuple[str, str]] = ()  # titles and texts about how images and first weights were made to fit
 
     @property
     def steps_per_epoch(self) -> int:
@@ -99,10 +102,11 @@ class Job:
         return [e for e in range(config.epochs) if (e + 1) % config.save_every == 0 or e + 1 == config.epochs]
 
 
-def prepare(config: TrainConfig, steps: int | None = None) -> Job:
+def prepare(config: TrainConfig, steps: int | None = None, transform: ImageTransform | None = None) -> Job:
     """The run that `config` describes, of so many `steps` if given, else of its epochs.
 
-    Raises InputError, naming the option, for what cannot be.
+    `transform` is that of a run that has been, whose mean and deviation need not be measured again. Raises InputError,
+    naming the option, for what cannot be.
     """
     check(config)
     if not config.input_path:
@@ -112,6 +116,7 @@ def prepare(config: TrainConfig, steps: int | None = None) -> Job:
     knobs_from(method_class.Config, config, config.method)  # refuses what the method does not use
     device = find_device(config.device)
     source = open_source(config.inputs)
+    check_channels(source, config.channels)
     with seeded(config.seed, "weights"):
         vit, start = build_encoder(config, method_class)
         facts = Facts(
@@ -134,11 +139,34 @@ def prepare(config: TrainConfig, steps: int | None = None) -> Job:
         config, of_knobs = with_derived(config, method_class, replace(facts, steps=total))
         reasons |= of_knobs
         method = method_class(vit, **knobs_from(method_class.Config, config, config.method))
+    notes: list[tuple[str, str]] = []
+    if transform is None:
+        normalization = chosen(config.normalize, config.channels, start.normalization, source)
+        notes = notes_on_images(config, normalization, start)
+        mean, std = normalization.mean, normalization.std
+    else:
+        mean, std = transform.mean, transform.std
     for encoder in method.encoders.values():
-        encoder.transform = replace(encoder.transform, **start.normalization)
+        encoder.transform = replace(encoder.transform, mean=mean, std=std)
         encoder.start_mask_token(start.mask_token)
     schedule = Plan(((0, total),), config.max_lr, config.warmup_pct)
-    return made_ready(Job(config, reasons, source, method.to(device), schedule, device))
+    return made_ready(Job(config, reasons, source, method.to(device), schedule, device, notes=notes))
+
+
+def notes_on_images(
+    config: TrainConfig, normalization: Normalization, start: checkpoint.Start
+) -> list[tuple[str, str]]:
+    """What the plan says of channels and normalisation, where they are not as usual."""
+    notes = []
+    if config.channels != 3 or config.normalize != "auto":
+        notes.append(("Channels", f"{config.channels}, normalised by {normalization}"))
+    if normalization.note:
+        notes.append(("Note", normalization.note))
+    if start.channels not in (None, config.channels):
+        notes.append(
+            ("Weights", f"of {start.channels} channels; the first convolution is made one of {config.channels} of them")
+        )
+    return notes
 
 
 def with_derived(config: TrainConfig, method_class: type[Method], facts: Facts) -> tuple[TrainConfig, dict[str, str]]:
@@ -275,7 +303,7 @@ def build_encoder(
 
     Without `weights` those of --init and --pretrained are left out, because a checkpoint's follow.
     """
-    parts = method_class.encoder_arguments(config.pretrained)
+    parts = {"in_chans": config.channels, **method_class.encoder_arguments(config.pretrained)}
     if config.model:
         size = {} if config.image_size is None else {"img_size": config.image_size}
         pretrained = config.pretrained and weights
@@ -300,5 +328,6 @@ def build_encoder(
         return vit, checkpoint.load_weights(vit, config.init)
     if config.pretrained:
         about: Any = vit.pretrained_cfg
-        return vit, checkpoint.Start({name: tuple(about[name]) for name in ("mean", "std")})
+        usual = {name: tuple(about[name]) for name in ("mean", "std")}
+        return vit, checkpoint.Start(usual, channels=about.get("input_size", (3,))[0])
     return vit, checkpoint.Start()

@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 from data2vec_vision.data import start_worker
-from data2vec_vision.images import Picture, Unreadable
+from data2vec_vision.errors import Unreadable
+from data2vec_vision.images import Picture
 from data2vec_vision.sources import ImageFolder, opened_picture, sizes_of_some
 
 BLOCK = 1 << 28  # bytes that are taken at once
@@ -108,7 +110,7 @@ class Decoded(Dataset):
         for index in range(first, min(first + CHUNK, len(self.source))):
             pixels = NOTHING
             with reasons(bad, index), opened_picture(self.source, index) as picture:
-                pixels = picture.pixels()
+                pixels = picture.pixels() if isinstance(picture, Picture) else pil_to_tensor(picture.image())
             sizes.append((pixels.shape[1], pixels.shape[2]))
             images.append(pixels.permute(1, 2, 0).reshape(-1))
         return first, sizes, torch.cat(images), bad

@@ -213,8 +213,8 @@ def draw(found: Findings, path: str) -> None:
 
 def tiles(source: ImageFolder, one: int, other: int, caption: str, frame: tuple[int, int, int]) -> Iterator[Tile]:
     for index, text, colour in ((one, shown(source.name(one))[-16:], None), (other, caption, frame)):
-        image = read_image(source, index)  # if it is gone by now, a grey tile keeps its place
-        yield Image.new("RGB", (8, 8), "grey") if isinstance(image, str) else image, text, colour
+        image = read_image(source, index, most=256)  # if it is gone by now, a grey tile keeps its place
+        yield image if isinstance(image, Image.Image) else Image.new("RGB", (8, 8), "grey"), text, colour
 
 
 def print_rows(rows: Iterator[tuple[str, str]]) -> None:

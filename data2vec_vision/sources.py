@@ -11,12 +11,14 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from data2vec_vision import archives, shards
-from data2vec_vision.errors import InputError
+from data2vec_vision.errors import InputError, OtherChannels, Unreadable, explained
 from data2vec_vision.folders import LIST_SUFFIXES, TABLE_SUFFIXES, ImageFolder, ImageList, NoImages
-from data2vec_vision.images import Picture, Unreadable, explained
+from data2vec_vision.images import AnyPicture, Picture
 
+FIRST = 20  # images whose channels are compared with those that were asked for
 Given = str | os.PathLike[str]  # an INPUT_PATH
 
 
@@ -122,12 +124,12 @@ def refuse_nested(places: Sequence[tuple[str, str]]) -> None:
 
 
 @contextmanager
-def opened_picture(source: ImageFolder, index: int) -> Iterator[Picture]:
-    """Image `index`, its header read. Raises Unreadable, which has the reason in one line."""
+def opened_picture(source: ImageFolder, index: int, channels: int = 3) -> Iterator[AnyPicture]:
+    """Image `index` with so many `channels`, its header read. Raises Unreadable, which has the reason in one line."""
     with explained():
         file = source.open(index)
     with file:
-        yield Picture.of(file)
+        yield Picture.of(file, channels)
 
 
 def sizes_of_some(source: ImageFolder, count: int) -> list[tuple[int, int]]:
@@ -139,10 +141,42 @@ def sizes_of_some(source: ImageFolder, count: int) -> list[tuple[int, int]]:
     return found
 
 
-def read_image(source: ImageFolder, index: int) -> Image.Image | str:
-    """Image `index` in RGB, or, for a file that cannot be read, the reason in one line."""
+def read_image(
+    source: ImageFolder, index: int, channels: int = 3, most: int | None = None
+) -> Image.Image | Tensor | str:
+    """Image `index` in RGB, or, for a file that cannot be read, the reason in one line.
+
+    With other than three `channels` it is float32 [C, H, W]. One that is too large to be read whole has `most` pixels
+    a side, if given.
+    """
     try:
-        with opened_picture(source, index) as picture:
-            return picture.image()
+        with opened_picture(source, index, channels) as picture:
+            return picture.image(most)
     except Unreadable as error:
         return str(error)
+
+
+def other_channels(source: ImageFolder, index: int, channels: int) -> int | None:
+    """How many channels image `index` has, where it cannot be read for these; None for one that is damaged."""
+    try:
+        with opened_picture(source, index, channels):
+            return channels
+    except OtherChannels as error:
+        return error.channels
+    except Unreadable:
+        return None
+
+
+def check_channels(source: ImageFolder, channels: int) -> None:
+    """Raises InputError when the first images, up to FIRST, all have one other number of channels.
+
+    In a folder as it should be only its first image is opened.
+    """
+    if other_channels(source, 0, channels) == channels:
+        return
+    found = {theirs for index in range(min(len(source), FIRST)) if (theirs := other_channels(source, index, channels))}
+    if len(found) == 1 and (theirs := found.pop()) != channels:
+        raise InputError(
+            f"the images have {theirs} channel{'s' * (theirs != 1)}, such as {source.name(0)}; "
+            f"give --channels {theirs}, not {channels}"
+        )

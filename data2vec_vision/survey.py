@@ -10,16 +10,19 @@ import time
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from data2vec_vision.arrays import ArrayPicture
 from data2vec_vision.duplicates import BANDS, look
-from data2vec_vision.images import as_seen, opened, why_unreadable
+from data2vec_vision.errors import why_unreadable
+from data2vec_vision.images import AnyPicture, Picture
 from data2vec_vision.sources import ImageFolder
 
+LARGEST = 1024  # pixels a side of what is looked at of an image that is too large to be decoded whole
 CHUNK = 16  # images that a worker looks at before it answers
 ORIENTATION = 0x0112  # EXIF's tag: 1 is upright, 2 to 8 are turned or mirrored
 GREY_MODES = {"1", "L", "LA", "La", "I", "F"}
@@ -108,27 +111,38 @@ def examine_safely(source: ImageFolder, index: int, survey: Survey, row: int) ->
 
 
 def examine(source: ImageFolder, index: int, survey: Survey, row: int) -> None:
-    """Note image `index` of `source` in `row` and the sums of `survey`. Raises what Pillow raises for a bad file."""
+    """Note image `index` of `source` in `row` and the sums of `survey`. Raises what decoders raise for a bad file."""
     start = time.perf_counter()
     with source.open(index) as file:
-        image = opened(file)
-        stored, deep = image.mode, has_deep_channels(image)
-        turned = image.getexif().get(ORIENTATION) in range(2, 9)  # of a PNG this decodes the image
-        seen = as_seen(image)
+        picture = Picture.of(file)
+        image = picture.as_stored if isinstance(picture, Picture) else None
+        stored, deep = stored_as(picture)
+        turned = image is not None and image.getexif().get(ORIENTATION) in range(2, 9)  # of a PNG this decodes it
+        seen: Any = picture.image(LARGEST)
         survey.seconds += time.perf_counter() - start
-        traits = {TURNED: turned, DEEP: deep, TRANSPARENT: image.has_transparency_data, ANIMATED: is_animated(image)}
+        traits = {TURNED: turned, DEEP: deep}
+        if image is not None:
+            traits |= {TRANSPARENT: image.has_transparency_data, ANIMATED: is_animated(image)}
         size, content = file.seek(0, os.SEEK_END), hashed(file)
     # Of 256 brightnesses in each channel, how many pixels have each; far quicker than sums over the pixels.
     counts = np.array(seen.histogram(), np.float64).reshape(3, 256) / (seen.width * seen.height)
     levels = np.arange(256) / 255
     traits[GREY_IN_COLOUR] = stored.split(";")[0] not in GREY_MODES and is_grey(seen, counts)
     blank = bool((counts.max(axis=1) == 1).all())
-    survey.records[row] = (seen.width, seen.height, content, look(seen), blank)
+    survey.records[row] = (*picture.size, content, look(seen), blank)
     survey.moments += counts @ levels, counts @ levels**2
-    survey.formats[image.format or "?"] += 1
+    survey.formats[picture.format or "?"] += 1
     survey.modes[stored] += 1
     survey.traits.update(name for name, present in traits.items() if present)
     survey.bytes += size
+
+
+def stored_as(picture: AnyPicture) -> tuple[str, bool]:
+    """Pillow's mode of a picture, or its channels and the type of its numbers; and whether it has more than 8 bits."""
+    if isinstance(picture, ArrayPicture):
+        raster = picture.raster
+        return f"{raster.channels} x {raster.dtype}", raster.dtype.itemsize > 1
+    return picture.as_stored.mode, has_deep_channels(picture)
 
 
 def hashed(file: BinaryIO) -> tuple[int, ...]:
@@ -140,9 +154,9 @@ def hashed(file: BinaryIO) -> tuple[int, ...]:
     return tuple(np.frombuffer(content.digest(), np.uint64).tolist())
 
 
-def has_deep_channels(image: Image.Image) -> bool:
-    """Whether an opened image stores more than 8 bits a channel: Pillow may open 16-bit colour as 8-bit."""
-    return image.mode[0] in "IF" or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+def has_deep_channels(picture: Any) -> bool:
+    """Whether a picture of Pillow's stores more than 8 bits a channel: Pillow may open 16-bit colour as 8-bit."""
+    return picture.as_stored.mode[0] in "IF" or any(";16" in str(tile[3]) for tile in picture.tiles)
 
 
 def is_animated(image: Image.Image) -> bool:

@@ -330,6 +330,9 @@ def filled_cache(job: Job) -> RamCache | None:
     """The decoded images where they are to be kept; else None, and None, which is said, where they do not fit."""
     if job.config.cache != "ram":
         return None
+    if job.config.channels != 3:
+        say("--cache ram keeps images of three channels only; these are read from their files")
+        return None
     limit = free_memory() / 2 / distributed.local_processes()
     cache = fill(job.source, job.config.workers, limit)
     if isinstance(cache, int):
@@ -346,7 +349,8 @@ def filled_cache(job: Job) -> RamCache | None:
 def loader(job: Job, cache: RamCache | None = None) -> Iterable[Batch]:
     """The batches of all steps that are left."""
     config = job.config
-    dataset = StreamDataset(job.source, job.method.views(), job.method.masks(), config.seed, config.images_a_step)
+    views, masks = job.method.views(), job.method.masks()
+    dataset = StreamDataset(job.source, views, masks, config.seed, config.images_a_step, config.channels)
     if cache is not None:
         dataset.opened = cache.opened
     batches = MicroBatches(

@@ -10,20 +10,26 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from data2vec_vision.images import Box, Picture
+from data2vec_vision.arrays import Box, grey
+from data2vec_vision.errors import InputError
+from data2vec_vision.images import AnyPicture, Picture
+from data2vec_vision.looks import PlainJitter, RandomBlur
 from data2vec_vision.patches import patchify, unpatchify
+from data2vec_vision.resampling import resized
 
-# One image -> its views, uint8 [3, h, w] each. `Views` take pictures that are not decoded yet, too.
+# One image -> its views, uint8 [3, h, w] each. `Views` take pictures that are not decoded yet, too. With other than
+# three channels an image is float32 [C, H, W], and so are views.
 ViewTransform = Callable[[Image.Image], list[Tensor]]
 
 ASPECT = (3 / 4, 4 / 3)  # width over height of a crop
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+GREY_MEAN, GREY_STD = (round(sum(IMAGENET_MEAN) / 3, 6),), (round(sum(IMAGENET_STD) / 3, 6),)
 
 
 class ViTPatchesTransform(nn.Module):
@@ -88,25 +94,56 @@ class ImageTransform:
 
     The whole image is resized to (H, W) without a crop, then normalised, exactly as torchvision's
     Resize, ToTensor and Normalize do. `resized` and `normalized` are its two halves: the first runs
-    in a worker and keeps bytes, the second on the device.
+    in a worker and keeps bytes, the second on the device. Images of other than three channels are
+    numbers instead, float32, from their file on.
     """
 
     image_size: tuple[int, int]
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """A PIL image -> float32 [3, H, W]."""
+    @classmethod
+    def of_channels(cls, image_size: tuple[int, int], channels: int) -> "ImageTransform":
+        """ImageNet's for three channels, the mean of these for one; of others nothing is known, and nothing changed."""
+        if channels == 3:
+            return cls(image_size)
+        if channels == 1:
+            return cls(image_size, GREY_MEAN, GREY_STD)
+        return cls(image_size, (0.0,) * channels, (1.0,) * channels)
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
+
+    def __call__(self, image: Image.Image | AnyPicture | Tensor) -> Tensor:
+        """An image -> float32 [C, H, W]."""
         return self.normalized(self.resized(image))
 
-    def resized(self, image: Image.Image) -> Tensor:
-        """A PIL image -> uint8 [3, H, W]."""
+    def resized(self, image: Image.Image | AnyPicture | Tensor) -> Tensor:
+        """An image -> uint8 [3, H, W], or float32 [C, H, W] of other than three channels.
+
+        It is a PIL image, a picture, or float32 [C, h, w]. Raises InputError for another number of channels.
+        """
+        if isinstance(image, Tensor):
+            if len(image) != self.channels:
+                raise InputError(f"the encoder takes {self.channels} channels, not {len(image)}")
+            return resized(image.float(), self.image_size, cubic=False)
+        if not isinstance(image, Image.Image):
+            return image.resized(self.image_size)
         resize = v2.Resize(self.image_size, interpolation=v2.InterpolationMode.BILINEAR)
-        return v2.functional.pil_to_tensor(resize(image.convert("RGB")))
+        pixels = v2.functional.pil_to_tensor(resize(image.convert("RGB")))
+        if self.channels == 1:
+            return grey(pixels / 255)
+        if self.channels != 3:
+            raise InputError(
+                f"the encoder takes {self.channels} channels: d2v.open_image(path, channels={self.channels}) has them"
+            )
+        return pixels
 
     def normalized(self, pixels: Tensor) -> Tensor:
-        """uint8 [*, 3, H, W] on any device -> float32 of the same shape."""
-        return (pixels.float() / 255 - constant(self.mean, pixels.device)) / constant(self.std, pixels.device)
+        """uint8 or float32 [*, C, H, W] on any device -> float32 of the same shape; bytes are divided by 255."""
+        values = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+        return (values - constant(self.mean, pixels.device)) / constant(self.std, pixels.device)
 
     def to_dict(self) -> dict[str, Any]:
         return {name: list(value) for name, value in asdict(self).items()}
@@ -128,16 +165,25 @@ class View(nn.Module):
 
     crop: the smallest and the largest share of the image's area that it keeps, in (0, 1]; flip: the probability of a
     mirror image; look: transforms of a PIL image. Crops are distributed as torchvision's RandomResizedCrop draws them,
-    and resized by bicubic interpolation.
+    and resized by bicubic interpolation. Of an image with other than three channels the view is float32 [C, H, W], and
+    `plain_look` are the transforms of that; `left_out` names what of `look` these have not.
     """
 
     def __init__(
-        self, image_size: tuple[int, int], crop: tuple[float, float], flip: float = 0.0, look: Sequence[nn.Module] = ()
+        self,
+        image_size: tuple[int, int],
+        crop: tuple[float, float],
+        flip: float = 0.0,
+        look: Sequence[nn.Module] = (),
+        plain_look: Sequence[nn.Module] = (),
+        left_out: Sequence[str] = (),
     ):
         super().__init__()
         self.image_size, self.crop = image_size, crop
         self.flip = flip
         self.look = v2.Compose([v2.ToPILImage(), *look, v2.PILToTensor()]) if look else None
+        self.plain_look = v2.Compose(plain_look) if plain_look else None
+        self.left_out = tuple(left_out)
 
     def box(self, size: tuple[int, int]) -> Box:
         """What part of an image of (width, height) is shown: of random area and aspect, at a random place in it.
@@ -157,10 +203,11 @@ class View(nn.Module):
         return (height - h) // 2, (width - w) // 2, h, w
 
     def finished(self, crop: Tensor) -> Tensor:
-        """The resized crop, uint8 [3, H, W] -> the view."""
+        """The resized crop, uint8 [3, H, W] or float32 [C, H, W] -> the view."""
         if self.flip and float(torch.rand(())) < self.flip:
             crop = crop.flip(-1)
-        return (self.look(crop) if self.look else crop).contiguous()
+        look = self.look if crop.dtype == torch.uint8 else self.plain_look
+        return (look(crop) if look else crop).contiguous()
 
     def forward(self, image: Image.Image) -> Tensor:
         return Views(self)(image)[0]
@@ -177,8 +224,13 @@ class Views:
     def __init__(self, *transforms: nn.Module):
         self.transforms = transforms
 
-    def __call__(self, image: Image.Image | Picture) -> list[Tensor]:
-        picture = image if isinstance(image, Picture) else Picture(image)
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What is done to photos only, of all views, each once."""
+        return tuple(dict.fromkeys(name for t in self.transforms for name in getattr(t, "left_out", ())))
+
+    def __call__(self, image: Image.Image | AnyPicture) -> list[Tensor]:
+        picture = Picture(image) if isinstance(image, Image.Image) else image
         ours = [t for t in self.transforms if isinstance(t, View)]
         crops = iter(picture.crops([t.box(picture.size) for t in ours], [t.image_size for t in ours]))
         whole = picture.image() if len(ours) < len(self.transforms) else None
@@ -197,7 +249,10 @@ def augmentation(
     the probability of a mirror image; `color_jitter` the strength of brightness, contrast and saturation.
     The jitter comes after the crop, where it costs the pixels of the view and not of the photo.
     """
-    return View(image_size, crop, flip, [v2.ColorJitter(*3 * [color_jitter])] if color_jitter else [])
+    if not color_jitter:
+        return View(image_size, crop, flip)
+    look = [v2.ColorJitter(*3 * [color_jitter])]
+    return View(image_size, crop, flip, look, [PlainJitter(color_jitter)], ["saturation"])
 
 
 def strong_augmentation(
@@ -216,26 +271,20 @@ def strong_augmentation(
     224, in proportion to `full_size`, the side of the image that views are crops of.
     """
     look: list[nn.Module] = []
+    plain_look: list[nn.Module] = []
+    left_out: list[str] = []
     if color_jitter:
         s = color_jitter
         look.append(v2.RandomApply([v2.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)], p=0.8))
+        plain_look.append(v2.RandomApply([PlainJitter(0.8 * s)], p=0.8))
+        left_out += ["saturation", "hue"]
     if gray:
         look.append(v2.RandomGrayscale(gray))
+        left_out.append("grey")
     if blur:
         look.append(v2.RandomApply([RandomBlur(0.1 * full_size / 224, 2.0 * full_size / 224)], p=blur))
-    return View(image_size, crop, flip, look)
-
-
-class RandomBlur(nn.Module):
-    """Pillow's Gaussian blur of a PIL image, its radius drawn between `smallest` and `largest` pixels."""
-
-    def __init__(self, smallest: float, largest: float):
-        super().__init__()
-        self.smallest, self.largest = smallest, largest
-
-    def forward(self, image: Image.Image) -> Image.Image:
-        radius = self.smallest + float(torch.rand(())) * (self.largest - self.smallest)
-        return image.filter(ImageFilter.GaussianBlur(radius))
+        plain_look.append(look[-1])
+    return View(image_size, crop, flip, look, plain_look, left_out)
 
 
 def multi_crop(

@@ -1,6 +1,6 @@
 """The encoder that all methods share: a timm VisionTransformer that can see, or miss, chosen patches.
 
-Shapes: B batch, H x W pixels, P patch side, S patches, K kept, Q queried, N prefix tokens (class
+Shapes: B batch, C channels, H x W pixels, P patch side, S patches, K kept, Q queried, N prefix tokens (class
 token, registers), D width, L blocks.
 """
 
@@ -65,7 +65,7 @@ class MaskedVisionTransformer(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, vit.embed_dim)) if mask_token else None
         if self.mask_token is not None:
             trunc_normal_(self.mask_token, std=0.02)  # timm's: torch has changed its own between versions
-        self.transform = ImageTransform(tuple(vit.patch_embed.img_size))
+        self.transform = ImageTransform.of_channels(tuple(vit.patch_embed.img_size), vit.patch_embed.proj.in_channels)
         self.pool = "mean"
 
     @property
@@ -116,7 +116,7 @@ class MaskedVisionTransformer(nn.Module):
             self.mask_token.data.copy_(token)
 
     def forward(self, x: Tensor) -> Features:
-        """Images [B, 3, H, W] or patch sequences [B, S, 3*P*P] -> features and all hidden states."""
+        """Images [B, C, H, W] or patch sequences [B, S, C*P*P] -> features and all hidden states."""
         encoded = self.encode(x, hidden=range(self.depth))
         return Features(encoded.tokens, torch.stack(encoded.hidden))
 
@@ -145,7 +145,7 @@ class MaskedVisionTransformer(nn.Module):
         hidden: Sequence[int] = (),
         output: str = "block",
     ) -> Encoded:
-        """Encode images [B, 3, H, W] or patch sequences [B, S, 3*P*P].
+        """Encode images [B, C, H, W] or patch sequences [B, S, C*P*P].
 
         keep [B, K]: encode only these patches, indices in [0, S); with M masks an image, keep [B, M, K], each
         image is embedded once and encoded M times, and the output has B*M rows. query [B, Q]: put the mask
@@ -178,7 +178,7 @@ class MaskedVisionTransformer(nn.Module):
         return Encoded(x[:, N:], x[:, :N], [states[index] for index in hidden])
 
     def attention(self, x: Tensor) -> Tensor | None:
-        """How much the last block attends to each patch: images [B, 3, H, W] -> [B, heads, S].
+        """How much the last block attends to each patch: images [B, C, H, W] -> [B, heads, S].
 
         From the class token where that is the feature, else the mean over patches. None for blocks that are not timm's.
         """
@@ -208,8 +208,8 @@ class MaskedVisionTransformer(nn.Module):
         length = kernel.weight[0].numel()
         if x.dim() != 3 or x.shape[1] != grid[0] * grid[1] or x.shape[2] != length:
             raise ValueError(
-                f"expected images [B, 3, H, W] or patch sequences [B, {grid[0] * grid[1]}, {length}], "
-                f"got a tensor of shape {list(x.shape)}"
+                f"expected images [B, {kernel.in_channels}, H, W] or patch sequences "
+                f"[B, {grid[0] * grid[1]}, {length}], got a tensor of shape {list(x.shape)}"
             )
         # The convolution of timm's patch embedding has stride = kernel, so it is one linear map a patch.
         tokens = self.vit.patch_embed.norm(F.linear(x, kernel.weight.flatten(1), kernel.bias))

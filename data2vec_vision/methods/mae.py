@@ -1,7 +1,7 @@
 """MAE: encode a quarter of the patches, and reconstruct the pixels of the others with a small decoder.
 
 He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners", section 3. Shapes: B batch, S patches,
-K kept, Q hidden, N prefix tokens, D width of the encoder, W of the decoder, P patch side.
+C channels, K kept, Q hidden, N prefix tokens, D width of the encoder, W of the decoder, P patch side.
 
 What differs from the published code: the decoder is smaller for small encoders, and gradients are clipped.
 The decoder gets the visible tokens at their places and mask tokens at the hidden ones, without a canvas in
@@ -17,14 +17,13 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms.v2.functional import to_pil_image
 
 from data2vec_vision.decoder import MaskedVisionTransformerDecoder
 from data2vec_vision.knobs import knob
 from data2vec_vision.masking import MaskSampler, others, random_keep, share
 from data2vec_vision.methods.base import Method, Output
 from data2vec_vision.patches import patch_statistics, patchify, take, unpatchify
-from data2vec_vision.pictures import grid, masked
+from data2vec_vision.pictures import grid, masked, shown
 from data2vec_vision.recipes import VIT_B, PaperRecipe
 from data2vec_vision.targets import at_least_fp32, target_health
 from data2vec_vision.transforms import UnNormalize, Views, ViewTransform, augmentation
@@ -87,7 +86,7 @@ class MAE(Method):
         self.decoder = MaskedVisionTransformerDecoder(
             student.grid, W, depth, heads, student.vit.num_prefix_tokens, init="xavier"
         )
-        self.head = nn.Linear(W, 3 * student.patch_size**2)
+        self.head = nn.Linear(W, student.vit.patch_embed.proj.weight[0].numel())  # C*P*P
         self.embed.apply(xavier)
         self.head.apply(xavier)
 
@@ -118,7 +117,7 @@ class MAE(Method):
         return Output(loss, encoded.tokens.detach().mean(dim=1), target_health(target, prediction), extras)
 
     def decode(self, prefix: Tensor, tokens: Tensor, masks: dict[str, Tensor]) -> Tensor:
-        """Tokens after the encoder, [B, N, D] and [B, K, D] -> patches at `query` [B, Q, 3*P*P] in at least fp32."""
+        """Tokens after the encoder, [B, N, D] and [B, K, D] -> patches at `query` [B, Q, C*P*P] in at least fp32."""
         B, N = prefix.shape[:2]
         first = torch.arange(N, device=tokens.device).expand(B, N)
         seen = self.embed(torch.cat([prefix, tokens], dim=1))
@@ -126,7 +125,7 @@ class MAE(Method):
         return at_least_fp32(self.head(decoded.queries))
 
     def target(self, images: Tensor) -> Tensor:
-        """The pixels of every patch, [B, 3, H, W] -> [B, S, 3*P*P]; with norm_pix of mean 0 and variance 1 each."""
+        """The pixels of every patch, [B, C, H, W] -> [B, S, C*P*P]; with norm_pix of mean 0 and variance 1 each."""
         patches = at_least_fp32(patchify(images, self.student.patch_size) if images.dim() == 4 else images)
         if not self.config.norm_pix:
             return patches
@@ -135,7 +134,7 @@ class MAE(Method):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, masks: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images [B, 3, H, W] with their hidden patches as the decoder sees them; and the masks, drawn unless given.
+        """Images [B, C, H, W] with their hidden patches as the decoder sees them; and the masks, drawn unless given.
 
         With norm_pix the decoder knows a patch up to its mean and deviation: these are taken from the image.
         """
@@ -152,16 +151,17 @@ class MAE(Method):
         rows, columns = images.shape[2] // self.student.patch_size, images.shape[3] // self.student.patch_size
         return unpatchify(patches, self.student.patch_size, (rows, columns)), masks
 
-    def picture(self, images: Sequence[Image.Image], masks: dict[str, Tensor] | None = None) -> Image.Image:
-        """A row an image: the image, what the encoder sees of it, and the reconstruction."""
+    def picture(self, images: Sequence[Image.Image | Tensor], masks: dict[str, Tensor] | None = None) -> Image.Image:
+        """A row an image, as `open_image` gives it: the image, what the encoder sees of it, and the reconstruction."""
         transform = self.student.transform
         views = torch.stack([transform.resized(image) for image in images])
         device = next(self.parameters()).device
         pixels, masks = self.reconstruct(transform.normalized(views.to(device)), masks)
-        pixels = (UnNormalize(transform.mean, transform.std)(pixels).clamp(0, 1) * 255).round().byte().cpu()
+        pixels = UnNormalize(transform.mean, transform.std)(pixels).cpu()
         rows = []
         for n, view in enumerate(views):
             seen = masked(view, self.student.patch_size, {name: mask[n].cpu() for name, mask in masks.items()})
-            tiles = (to_pil_image(view), "image"), (seen, "what it sees"), (to_pil_image(pixels[n]), "reconstruction")
+            drawn = shown((pixels[n].clamp(0, 1) * 255).round().byte() if len(view) == 3 else pixels[n], like=view)
+            tiles = (shown(view), "image"), (seen, "what it sees"), (drawn, "reconstruction")
             rows.append([(tile, caption, None) for tile, caption in tiles])
         return grid(rows, side=144)

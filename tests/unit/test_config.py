@@ -119,7 +119,7 @@ def test_resolve_keeps_what_was_typed_and_leaves_nothing_on_auto():
         assert getattr(config, name) == getattr(typed, name) and name not in reasons
     assert config.tau_initial <= config.tau_end
     unresolved = {n for n in fields() if getattr(config, n) in (None, "auto")}
-    assert unresolved == {"recipe", "model", "init", "mask_erase_pct", "tau_increase_pct", "resume_checkpoint", "config",
+    assert unresolved == {"recipe", "normalize", "model", "init", "mask_erase_pct", "tau_increase_pct", "resume_checkpoint", "config",
                           "warmup_pct", "clip_grad", "eval_path", "wandb"} - set(FACTS.recipe)  # fmt: skip
 
 
