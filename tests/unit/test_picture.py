@@ -11,7 +11,8 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from data2vec_vision import images
-from data2vec_vision.images import ORIENTATION, Picture, Unreadable, as_seen
+from data2vec_vision.errors import Unreadable
+from data2vec_vision.images import ORIENTATION, Picture, as_seen
 from data2vec_vision.transforms import View, Views, augmentation
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from data2vec_vision import ramcache as module
 from data2vec_vision.data import MicroBatches, Stream, StreamDataset, make_loader
-from data2vec_vision.images import Unreadable
+from data2vec_vision.errors import Unreadable
 from data2vec_vision.methods.data2vec import BlockMasks
 from data2vec_vision.ramcache import RamCache, estimate, fill
 from data2vec_vision.sources import open_source, opened_picture
