@@ -84,7 +84,7 @@ class ArrayPicture:
                 return self._finished(self._whole())
             down, across = (np.linspace(0, max(0, side - GLIMPSE), GLIMPSES).astype(int).tolist() for side in (h, w))
             parts = [self._values(self.raster.window(y, x, GLIMPSE, GLIMPSE)) for y in down for x in across]
-            return self._finished(torch.cat([part.flatten(1) for part in parts], dim=1)[:, None])
+            return self._finished(torch.cat([part.flatten(0, 1) for part in parts]).T[:, None])
 
     def _finished(self, pixels: Tensor) -> Tensor:
         """As bytes, where those of a photo are wanted."""
@@ -93,6 +93,7 @@ class ArrayPicture:
     def _whole(self) -> Tensor:
         if self._kept is None:
             pixels = self._values(self.raster.window(0, 0, self.raster.height, self.raster.width))
+            pixels = pixels.permute(2, 0, 1).contiguous()
             if self.is_large:
                 return pixels
             self._kept = pixels
@@ -110,7 +111,7 @@ class ArrayPicture:
             h, w = (max(1, round(side)) for side in (h * down, w * across))
             h, w = min(h, raster.height - top), min(w, raster.width - left)
         if 4 * h * w * max(self.channels, raster.channels) <= BAND_BYTES:
-            return resized(self._values(raster.window(top, left, h, w)), size, cubic)
+            return resized(self._values(raster.window(top, left, h, w)).permute(2, 0, 1), size, cubic)
 
         def read(start: int, stop: int) -> Tensor:
             return self._values(raster.window(top + start, left, stop - start, w))
@@ -119,8 +120,8 @@ class ArrayPicture:
         return resized_in_bands(read, (h, w), size, cubic, raster.rows, first=raster.rows - top % raster.rows)
 
     def _values(self, part: np.ndarray) -> Tensor:
-        """Pixels as stored, [h, w, C], as the values asked for: float32 [N, h, w]."""
-        values = torch.from_numpy(np.moveaxis(part, 2, 0).astype(np.float32))
+        """Pixels as stored, [h, w, C], as the values asked for: float32 [h, w, N]."""
+        values = torch.from_numpy(part.astype(np.float32, order="C"))
         if self.raster.bits is not None:
             values /= 2**self.raster.bits - 1
         else:
@@ -129,10 +130,10 @@ class ArrayPicture:
                 low, high = self._range
                 values.sub_(low).div_(max(high - low, 1e-12))
         if self.raster.alpha and self.channels in (1, 3):
-            values = values[:3] * values[3:] + (1 - values[3:])
-        if self.channels == 1 and len(values) == 3:
-            return grey(values)
-        return values.expand(3, -1, -1) if self.channels == 3 and len(values) == 1 else values
+            values = values[..., :3] * values[..., 3:] + (1 - values[..., 3:])
+        if self.channels == 1 and values.shape[2] == 3:
+            return values @ torch.tensor(LUMA)[:, None]
+        return values.expand(-1, -1, 3) if self.channels == 3 and values.shape[2] == 1 else values
 
     @cached_property
     def _range(self) -> tuple[float, float]:

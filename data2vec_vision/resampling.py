@@ -28,7 +28,7 @@ def resized_in_bands(
     rows: int,
     first: int | None = None,
 ) -> Tensor:
-    """`resized` of [C, h, w], (h, w) = `shape`, of which `read(start, stop)` gives rows [C, n, w]: float32 [C, H, W].
+    """`resized` of an image of (h, w) = `shape`, of which `read(start, stop)` gives rows, [n, w, C]: float32 [C, H, W].
 
     `rows` rows are read at a time, and `first` before them. Where the result is much smaller, rows are averaged first,
     which is much faster than to resize them; FINE for each row of the result stay.
@@ -40,12 +40,12 @@ def resized_in_bands(
     done, left = 0, None  # means made of the rows so far, and rows that are too few for another one
     for start, stop in bands(h, rows, rows if first is None else first):
         band = read(start, stop)
-        band = band if left is None else torch.cat([left, band], dim=1)
-        n = band.shape[1] if stop == h else band.shape[1] - band.shape[1] % k
-        left = band[:, n:].clone() if n < band.shape[1] else None
+        band = band if left is None else torch.cat([left, band])
+        n = len(band) if stop == h else len(band) - len(band) % k
+        left = band[n:].clone() if n < len(band) else None
         if n == 0:
             continue
-        narrow = averaged(band[:, :n], k)
+        narrow = averaged(band[:n], k).permute(2, 0, 1)
         narrow = resized(narrow, (narrow.shape[1], W), cubic)
         of_band = weights[:, done : done + narrow.shape[1]] @ narrow  # [C, H, W]
         done += narrow.shape[1]
@@ -63,13 +63,13 @@ def bands(h: int, rows: int, first: int) -> Iterator[tuple[int, int]]:
 
 
 def averaged(band: Tensor, k: int) -> Tensor:
-    """The means of k rows each, and of what rows are left over: [C, n, w] -> [C, ceil(n / k), w]."""
+    """The means of k rows each, and of what rows are left over: [n, w, C] -> [ceil(n / k), w, C]."""
     if k == 1:
         return band
-    C, n, w = band.shape
+    n, w, C = band.shape
     whole = n - n % k
-    means = band[:, :whole].reshape(C, whole // k, k, w).mean(dim=2)
-    return means if whole == n else torch.cat([means, band[:, whole:].mean(dim=1, keepdim=True)], dim=1)
+    means = band[:whole].view(whole // k, k, w, C).mean(dim=1)
+    return means if whole == n else torch.cat([means, band[whole:].mean(dim=0, keepdim=True)])
 
 
 def row_weights(h: float, H: int, cubic: bool) -> Tensor:

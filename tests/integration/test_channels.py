@@ -66,7 +66,8 @@ def test_a_run_of_any_number_of_channels_from_its_start_to_its_export(cli, folde
     np.testing.assert_allclose(file["features"][3], ours.detach().numpy(), atol=1e-5)
     code, out, err = cli("evaluate", student, folder, "--workers", 0, "--test-pct", 0.4, "--k", 4)
     assert code == 0 and "raw pixels" in out and "untrained encoder" in out, err
-    for form, name in (("timm", "t"), ("huggingface", "h"), ("safetensors", "s"), ("onnx", "o.onnx")):
+    formats = {"timm": "t", "huggingface": "h"} | ({"safetensors": "s", "onnx": "o.onnx"} if channels == 5 else {})
+    for form, name in formats.items():
         code, out, err = cli("export", student, "--format", form, "--output", tmp_path / name)
         assert code == 0 and "differ from ours" in out, err
     config = json.loads((tmp_path / "t" / "config.json").read_text())["pretrained_cfg"]
