@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from data2vec_vision.config import GROUPS, TrainConfig, field_type, fields, flag, one_or_several, read_config
+from data2vec_vision.config import GROUPS, TrainConfig, field_type, fields, flag, read_config
 from data2vec_vision.errors import InputError, RunFailed, Stopped
 
 
@@ -95,7 +95,6 @@ def train_command(ctx: click.Context, **values: Any) -> None:
     python -m data2vec_vision train photos/
     python -m data2vec_vision train photos/ --image-size 32 --patch-size 4 --hidden-dim 192 --n-encoders 6
     """
-    values["input_path"] = one_or_several(values["input_path"])
     typed = {
         name: value
         for name, value in values.items()

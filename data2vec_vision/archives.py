@@ -27,7 +27,7 @@ UNPACKERS = {
     ".xz": "unxz", ".txz": "unxz", ".zst": "unzstd", ".tzst": "unzstd",
 }  # fmt: skip
 MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
-LARGEST = 2 * 10**9  # bytes of an image: more is a mistake, or is meant to fill the memory
+LARGEST = 2**29  # bytes of an image: more is a mistake, or is meant to fill the memory
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a file in a zip, which its name, other fields and then its bytes follow
 # How a member is stored: as it is; in a zip as it is, deflated, in another way, encrypted; in a row of a table, or not.
 RAW, STORED, DEFLATED, OTHER, ENCRYPTED, ROW, NOTHING = range(7)
@@ -56,6 +56,8 @@ def members(path: str) -> tuple[Index, Counter[str]]:
     suffix = os.path.splitext(path)[1].lower()
     try:
         found = in_zip(path, skipped) if suffix == ".zip" else in_tar(path, skipped)
+        names = sorted(found)
+        return Index.of(names, np.array([found[name] for name in names], MEMBER)), skipped
     except InputError:
         raise
     except OSError as error:
@@ -65,8 +67,6 @@ def members(path: str) -> tuple[Index, Counter[str]]:
         raise InputError(
             f"{path} is no {suffix} archive that can be read, it is damaged or cut short ({why}); copy or make it again"
         ) from error
-    names = sorted(found)
-    return Index.of(names, np.array([found[name] for name in names], MEMBER)), skipped
 
 
 def visible(name: bytes) -> bytes:

@@ -1,5 +1,6 @@
 """An archive is looked through once: what it holds is kept in the user's cache folder, and nothing anywhere else."""
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -37,15 +38,15 @@ def indexed(path: str) -> tuple[Index, Counter[str], tuple[int, int]]:
         now = archives.stamp(path)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    if not os.path.isfile(path):  # a pipe would be waited for without end
+        raise InputError(f"{path} is a folder or a device, not a file")
     known = blake2b(" ".join(sorted(image_suffixes())).encode(), digest_size=8).hexdigest()
     about = {"version": VERSION, "archive": path, "stamp": [*now], "suffixes": known}
     place = cache_folder() / f"{blake2b(os.fsencode(path), digest_size=16).hexdigest()}.index"
-    try:
+    with contextlib.suppress(Exception):  # not there, or damaged in whatever way: it is made anew
         index, found = Index.read(str(place))
         if found.items() >= about.items():
-            return index, Counter(found["skipped"]), now
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # not there, or damaged
+            return index, Counter({str(suffix): int(count) for suffix, count in found["skipped"].items()}), now
     if now[0] > LARGE:
         say_once("Looking through archives that are new; what they hold is kept for the next time.")
     index, skipped = (tables.rows if path.lower().endswith(tables.SUFFIXES) else archives.members)(path)

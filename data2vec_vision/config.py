@@ -99,6 +99,10 @@ class TrainConfig:
     cache: str = _machine("none", "Keep images decoded in memory, if they fit.", choices=("none", "ram"))
     debug: bool = _machine(False, "Show the traceback of an error.")
 
+    def __post_init__(self) -> None:
+        if isinstance(self.input_path, (list, tuple)) and len(self.input_path) <= 1:  # as the command line has it
+            object.__setattr__(self, "input_path", "".join(self.input_path))
+
     @property
     def inputs(self) -> tuple[str, ...]:
         """The paths of the images, however many."""
@@ -125,11 +129,6 @@ def inputs_of(given: str | os.PathLike[str] | Sequence[str]) -> tuple[str, ...]:
     if isinstance(given, str | os.PathLike):
         return (os.fspath(given),) if given else ()
     return tuple(given)
-
-
-def one_or_several(paths: Sequence[str]) -> str | tuple[str, ...]:
-    """INPUT_PATH as TrainConfig has it: a single one is no tuple."""
-    return tuple(paths) if len(paths) > 1 else "".join(paths)
 
 
 def default_epochs(n_images: int) -> int:
@@ -268,10 +267,10 @@ def from_json(values: Mapping[str, Any], where: str) -> dict[str, Any]:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise InputError(f"{where} has an unknown setting {name!r}{hint}")
         kind = field_type(name)
-        if name == "set" and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+        if (name == "set" and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)) or (
+            name == "input_path" and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
+        ):
             value = tuple(value)
-        elif name == "input_path" and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
-            value = one_or_several(value)
         elif kind is float and type(value) is int:
             value = float(value)
         elif not (type(value) is kind or (value is None and known[name].default is None)):

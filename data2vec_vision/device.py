@@ -128,6 +128,10 @@ def free_memory() -> int:
     group = Path("/sys/fs/cgroup")  # a container's own bound
     if (group / "memory.max").exists() and (bound := (group / "memory.max").read_text().strip()) != "max":
         free.append(max(0, int(bound) - int((group / "memory.current").read_text())))
+    group /= "memory"  # the same, version 1
+    if (group / "memory.limit_in_bytes").exists():
+        limit, used = (int((group / f"memory.{name}_in_bytes").read_text()) for name in ("limit", "usage"))
+        free.append(max(0, limit - used))
     return min(free, default=device_memory(torch.device("cpu")) // 2)
 
 

@@ -13,7 +13,16 @@ from data2vec_vision.index import Index, in_order
 
 LIST_SUFFIXES = (".txt", ".list")  # of files that list images, one a line
 TABLE_SUFFIXES = (".csv",)  # of those that do so in a column
-COLUMNS = ("path", "filename", "file", "image")  # the names that this column may have
+COLUMNS = (
+    "path",
+    "filename",
+    "file_name",
+    "filepath",
+    "file_path",
+    "image_path",
+    "file",
+    "image",
+)  # the names that this column may have
 SUFFIXES = 1000  # told apart among files that are no images
 LOOKED_FOR = 100  # the first files of a list: when none of them exists, the list is taken to be wrong
 

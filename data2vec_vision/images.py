@@ -9,6 +9,7 @@ import io
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -70,7 +71,9 @@ def opened(file: BinaryIO) -> Image.Image:
 def opened_jpeg(file: BinaryIO) -> Image.Image:
     """A JPEG with its header read, of any size: the decoder may make it smaller."""
     try:
-        return Image.open(file, formats=["JPEG", "MPO"])
+        return Image.open(file, formats=["JPEG"])
+    except UnidentifiedImageError as error:
+        raise UnidentifiedImageError("cannot identify image file: it begins as a JPEG and is none") from error
     except Image.DecompressionBombError:
         file.seek(0)
         return JpegImagePlugin.jpeg_factory(file)
@@ -234,7 +237,9 @@ class Picture:
     def _decoded(self) -> Tensor:
         if self._is_jpeg and self._turn == 1 and torchvision_reads_jpeg():
             self._file.seek(0)
-            return decode_jpeg(torch.frombuffer(bytearray(self._file.read()), dtype=torch.uint8), ImageReadMode.RGB)
+            data = torch.frombuffer(bytearray(self._file.read()), dtype=torch.uint8)
+            with suppress(RuntimeError):  # Pillow decides what can be read, and says why not
+                return decode_jpeg(data, ImageReadMode.RGB)
         return pil_to_tensor(as_seen(self.as_stored))
 
     def _reduced_crops(

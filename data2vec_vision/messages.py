@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from data2vec_vision import distributed
+from data2vec_vision import distributed, shards
 from data2vec_vision.config import flag
 from data2vec_vision.device import cores, device_name, free_memory
 from data2vec_vision.errors import one_line
@@ -47,6 +47,7 @@ def describe(job: Job) -> str:
     each = f" of {share} each" if distributed.processes() > 1 else ""
     lines = [
         ("Images", f"{len(job.source):,} in {', '.join(config.inputs)} ({suffixes(job.source)})"),
+        *passed_over(job.source),
         *job.notes,
         *left_out(job),
         ("Model", f"{model}, {millions} parameters"),
@@ -97,6 +98,17 @@ def describe(job: Job) -> str:
         every = f"torchrun --nproc-per-node {gpus} -m data2vec_vision train {shlex.join(config.inputs)}"
         lines.append(("Hint", f"{gpus} GPUs found, using 1; all {gpus}: {every} ..."))
     return "\n".join(f"{title:<8} {text}" for title, text in lines)
+
+
+def passed_over(source: ImageFolder) -> list[tuple[str, str]]:
+    """Archives that lie beside the images of a folder."""
+    found = {suffix: count for suffix, count in source.skipped.items() if suffix in shards.SUFFIXES}
+    if not found:
+        return []
+    kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in found.items())
+    return [
+        ("", f"beside archives that are not looked into ({kinds}); give them as inputs of their own to train on them")
+    ]
 
 
 def left_out(job: Job) -> list[tuple[str, str]]:

@@ -48,7 +48,6 @@ MAY_DIFFER = {
     "input_path",
     "device",
     "workers",
-    "cache",
     "compile",
     "grad_checkpointing",
     "save_every",

@@ -1,5 +1,8 @@
 """Decoded images kept in memory: for small images, whose files take longer to open than to make views of.
 
+A run with a cache decodes every image whole, also where its images turn out not to fit: so it is the same run on any
+machine.
+
 Shapes: H x W pixels of an image.
 """
 
@@ -18,7 +21,7 @@ from tqdm import tqdm
 
 from data2vec_vision.data import start_worker
 from data2vec_vision.errors import Unreadable
-from data2vec_vision.images import Picture
+from data2vec_vision.images import AnyPicture, Picture
 from data2vec_vision.sources import ImageFolder, opened_picture, sizes_of_some
 
 BLOCK = 1 << 28  # bytes that are taken at once
@@ -82,6 +85,8 @@ def fill(source: ImageFolder, workers: int, limit: float) -> RamCache | int:
             bar.update(len(sizes))
             if cache.nbytes > limit:
                 return max(expected, round(cache.nbytes / (first + len(sizes)) * N))
+    if cache.blocks:  # new processes that are not forked share blocks as they are
+        cache.blocks[-1] = cache.blocks[-1][: cache.used].clone()
     cache.seconds = time.perf_counter() - start
     return cache
 
@@ -110,10 +115,22 @@ class Decoded(Dataset):
         for index in range(first, min(first + CHUNK, len(self.source))):
             pixels = NOTHING
             with reasons(bad, index), opened_picture(self.source, index) as picture:
-                pixels = picture.pixels() if isinstance(picture, Picture) else pil_to_tensor(picture.image())
+                pixels = whole(picture)
             sizes.append((pixels.shape[1], pixels.shape[2]))
             images.append(pixels.permute(1, 2, 0).reshape(-1))
         return first, sizes, torch.cat(images), bad
+
+
+def whole(picture: AnyPicture) -> Tensor:
+    """All of a picture: uint8 [3, H, W]."""
+    return picture.pixels() if isinstance(picture, Picture) else pil_to_tensor(picture.image())
+
+
+@contextmanager
+def opened_whole(source: ImageFolder, index: int) -> Iterator[Picture]:
+    """Image `index` as a cache would have it: no large JPEG is decoded smaller, so that both train the same."""
+    with opened_picture(source, index) as picture:
+        yield Picture.decoded(whole(picture))
 
 
 @contextmanager

@@ -46,7 +46,9 @@ def rows(path: str) -> tuple[Index, Counter[str]]:
             found = [*_in_arrow(library, path)]
     except OSError as error:
         raise InputError(f"{path} cannot be read: {one_line(error)}; copy or make it again") from error
-    except library.ArrowException as error:
+    except InputError:
+        raise
+    except Exception as error:  # damaged tables and what people write into their metadata raise nearly anything
         raise InputError(f"{path} is no table that can be read: {one_line(error)}; copy or make it again") from error
     names = (f"{number:08}{suffix}".encode() for number, suffix, _ in found)
     return Index.of(names, np.array([member for *_, member in found], MEMBER)), Counter()
@@ -173,9 +175,12 @@ def saved_files(folder: str) -> tuple[list[str], str] | None:
             if part:
                 raise InputError(f"{folder} has no part {part}, though its dataset_dict.json says so; copy it again")
             return None
-        names = [entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
+        entries = json.loads(state.read_text(encoding="utf-8"))["_data_files"]
+        names = [os.path.basename(entry["filename"]) for entry in entries]
+    except InputError:
+        raise
+    except Exception as error:  # what is in a file by somebody else can be anything
         raise InputError(f"{folder} is no data set that can be read: {one_line(error)}; save it again") from error
+    if not names:
+        raise InputError(f"{folder} is a data set without a file of images; save it again")
     return [os.path.join(folder, part, name) for name in names], part

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from data2vec_vision.methods.base import Output
 from data2vec_vision.monitor import WINDOW, health, health_sums, on_host
 from data2vec_vision.online import Onlooker
 from data2vec_vision.plan import Job, prepare, restore
-from data2vec_vision.ramcache import RamCache, fill
+from data2vec_vision.ramcache import RamCache, fill, opened_whole
 from data2vec_vision.run import BadFiles, Progress, RunFolder, caught_signals, duration, plural, say, size
 from data2vec_vision.seeding import generator, seed_device
 
@@ -353,6 +354,8 @@ def loader(job: Job, cache: RamCache | None = None) -> Iterable[Batch]:
     dataset = StreamDataset(job.source, views, masks, config.seed, config.images_a_step, config.channels)
     if cache is not None:
         dataset.opened = cache.opened
+    elif config.cache == "ram" and config.channels == 3:  # the images do not fit
+        dataset.opened = partial(opened_whole, job.source)
     batches = MicroBatches(
         Stream(len(job.source), config.seed),
         config.batch_size,

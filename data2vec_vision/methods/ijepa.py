@@ -75,7 +75,7 @@ class PatchMasks:
 
 
 class IJEPA(MeanOfBlocks):
-    """I-JEPA (Assran et al. 2023): predict, from a block of patches, what a slow copy makes of four other blocks."""
+    """I-JEPA (Assran et al. 2023): predict, from a part of an image, what a slow copy makes of the rest."""
 
     @dataclass(frozen=True)
     class Config(MeanOfBlocks.Config):
@@ -140,6 +140,10 @@ class IJEPA(MeanOfBlocks):
             )
         if c.official_sampler and not self.in_blocks:
             raise InputError("official_sampler=true draws blocks; leave out targets=patches")
+        if c.n_targets != type(c).n_targets and not self.in_blocks:
+            raise InputError(
+                f"n_targets={c.n_targets} is for blocks, and single patches are predicted; add targets=blocks"
+            )
         self.n_context = share(c.context_ratio, student.n_patches)
         W = c.predictor_dim or decoder_width(1 / 2, student.embed_dim, student.num_heads)
         depth = c.predictor_depth or max(1, student.depth // 2)

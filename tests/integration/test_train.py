@@ -275,7 +275,6 @@ def test_half_precision_trains_to_nearly_the_same(cli, images, precision):
 NAN_METHOD = """
 import torch
 from data2vec_vision.methods.data2vec import Data2Vec
-from data2vec_vision.plan import prepare
 class Failing(Data2Vec):
     \"\"\"Gives a loss that is not finite in some steps.\"\"\"
     calls = 0
@@ -354,7 +353,7 @@ def wait_for_steps(folder, count, run):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_from_memory_is_the_run_from_files_bit_for_bit(cli, images, workers):
-    """Also where one image cannot be read, and when a run goes on the other way."""
+    """Also where one image cannot be read, and when a run goes on."""
     (images / "class0" / "003.jpeg").write_bytes(b"no image")
     options = ["--epochs", 2, "--method", "swav", "--set", "n_prototypes=8"]
     code, out, err = cli("train", images, *TINY, *options, "--checkpoint-out-dir", "files")
@@ -364,8 +363,8 @@ def test_a_run_from_memory_is_the_run_from_files_bit_for_bit(cli, images, worker
     assert code == 0 and re.search(r"Cached   24 images in \d+ kB of memory, decoded in 0 s", out), err
     assert same_state("files/checkpoint_1.pt", "memory/checkpoint_1.pt")
     assert "003.jpeg" in Path("memory/bad_files.txt").read_text()
-    code, out, err = cli("train", "--resume-checkpoint", "memory/checkpoint_1.pt", "--epochs", 3, "--cache", "none")
-    assert code == 0 and "Cached" not in out, err
+    code, out, err = cli("train", "--resume-checkpoint", "memory/checkpoint_1.pt", "--epochs", 3)
+    assert code == 0 and "Cached" in out, err
     assert cli("train", "--resume-checkpoint", "files/checkpoint_1.pt", "--epochs", 3)[0] == 0
     assert same_state("files/checkpoint_2.pt", "memory/checkpoint_2.pt")
 
@@ -375,6 +374,23 @@ def test_images_that_do_not_fit_into_memory_are_read_from_files(cli, images, mon
     code, out, err = cli("train", images, *TINY, "--epochs", 1, "--cache", "ram")
     assert code == 0, err
     assert "--cache ram: the images take about " in out and "more than half of the free memory; they are read" in out
+
+
+def test_whether_images_fit_into_memory_does_not_change_a_run_of_large_jpegs(cli, images, refused, monkeypatch):
+    """They would be decoded smaller without --cache, and so that may not be changed on resume."""
+    for number, path in enumerate(sorted(images.rglob("*.*"))):
+        image = Image.open(path).resize((260 + number, 200))
+        path.unlink()
+        image.save(path.with_suffix(".jpg"))
+    run = ["train", images, *TINY, "--epochs", 2, "--cache", "ram", "--checkpoint-out-dir"]
+    assert cli(*run, "fits")[0] == 0
+    monkeypatch.setattr(train, "free_memory", lambda: 1000)
+    assert "more than half" in cli(*run, "not")[1]
+    assert same_state("fits/checkpoint_1.pt", "not/checkpoint_1.pt")
+    cli("train", images, *TINY, "--epochs", 2, "--checkpoint-out-dir", "smaller")
+    assert not same_state("fits/checkpoint_1.pt", "smaller/checkpoint_1.pt")
+    line = refused("train", "--resume-checkpoint", "fits/checkpoint_1.pt", "--epochs", 3, "--cache", "none")
+    assert "--cache none contradicts" in line
 
 
 def test_processes_of_one_machine_share_its_memory(images, monkeypatch):

@@ -196,7 +196,7 @@ def test_hidden_members_and_what_is_no_image_are_passed_over(tmp_path):
     for path in (make_zip(tmp_path / "p.zip", files), make_tar(tmp_path / "p.tar", files)):
         source = open_source(path)
         assert content(source) == {"../up.png": b"8", "a.png": b"1", "abs.png": b"9", "g/../h.png": b"10"}
-        assert source.skipped["".join([".txt"])] == 1 and source.skipped.total() in (2, 3)
+        assert source.skipped[".txt"] == 1 and source.skipped.total() in (2, 3)
     assert sorted(os.listdir(tmp_path)) == [".cache", "p.tar", "p.zip"]
 
 
@@ -436,3 +436,39 @@ def test_what_travels_to_a_new_process_is_small(monkeypatch, tmp_path):
     assert len(data) < 1000 and str(kept).encode() not in data and names(pickle.loads(data)) == names(made)
     monkeypatch.setattr("tempfile.mkstemp", lambda *a: (_ for _ in ()).throw(OSError("full")))
     assert names(pickle.loads(pickle.dumps(made))) == names(made)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("state.json", '{"_data_files": []}'),
+        ("state.json", '{"_data_files": [{"filename": 5}]}'),
+        ("state.json", "[" * 100_000),
+        ("dataset_dict.json", '{"splits": {"a": 1}}'),
+    ],
+)
+def test_a_data_set_with_rubbish_in_its_files_is_refused_in_a_line(tmp_path, name, text):
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / "state.json").write_text('{"_data_files": [{"filename": "x.arrow"}]}')
+    (folder / name).write_text(text)
+    with pytest.raises(InputError) as error:
+        open_source(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_files_of_a_data_set_are_those_in_its_folder(tmp_path):
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / "state.json").write_text('{"_data_files": [{"filename": "/etc/passwd"}]}')
+    with pytest.raises(InputError, match="there is no file .*saved/passwd"):
+        open_source(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_is_no_archive(tmp_path):
+    os.mkfifo(tmp_path / "x.zip")
+    with pytest.raises(InputError, match="not a file"):
+        open_source(tmp_path / "x.zip")

@@ -547,5 +547,12 @@ def test_knobs_out_of_range_are_refused(tiny_vit, knobs, message):
 
 
 def test_it_is_public_and_builds_from_a_name():
-    method = d2v.IJEPA(encoder="vit_tiny_patch16_224", image_size=64, n_targets=2, predictor_depth=1)
+    method = d2v.IJEPA(encoder="vit_tiny_patch16_224", image_size=64, context_ratio=0.5, predictor_depth=1)
     assert method.student.grid == (4, 4) and method(torch.randn(1, 3, 64, 64)).loss.requires_grad
+
+
+def test_a_number_of_blocks_is_refused_where_patches_are_predicted(tiny_vit):
+    with pytest.raises(
+        InputError, match="n_targets=7 is for blocks, and single patches are predicted; add targets=blocks"
+    ):
+        IJEPA(tiny_vit(), n_targets=7)

@@ -12,6 +12,7 @@ from data2vec_vision import messages
 from data2vec_vision.config import TrainConfig
 from data2vec_vision.plan import prepare
 from data2vec_vision.run import duration, size
+from data2vec_vision.sources import open_source
 from data2vec_vision.vit import forward_flops
 
 
@@ -105,3 +106,10 @@ def test_what_makes_loading_faster_is_what_this_run_does_not_do_yet(job, monkeyp
     assert "--cache ram" not in text(workers=8)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert "--workers 2" in text(workers=1)
+
+
+def test_archives_beside_images_are_pointed_out(job, images):
+    assert "beside archives" not in messages.describe(job)
+    (images / "more.tar").write_bytes(b"")
+    text = messages.describe(dataclasses.replace(job, source=open_source(images)))
+    assert "beside archives that are not looked into (1 .tar); give them as inputs of their own" in text
