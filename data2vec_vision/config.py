@@ -267,10 +267,11 @@ def from_json(values: Mapping[str, Any], where: str) -> dict[str, Any]:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise InputError(f"{where} has an unknown setting {name!r}{hint}")
         kind = field_type(name)
-        if (name == "set" and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)) or (
-            name == "input_path" and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
-        ):
+        texts = isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
+        if name == "set" and texts:
             value = tuple(value)
+        elif name == "input_path" and texts:
+            value = tuple(value) if len(value) > 1 else "".join(value)
         elif kind is float and type(value) is int:
             value = float(value)
         elif not (type(value) is kind or (value is None and known[name].default is None)):

@@ -9,6 +9,8 @@ from data2vec_vision.config import TrainConfig
 from data2vec_vision.samples import write_samples
 
 CLUSTERS = {"msn": ("n_focal=0", "n_prototypes=64"), "swav": ("n_local=0", "n_prototypes=64")}
+# I-JEPA's own target: that of the default, which loses what the place tells, is not brought to a collapse so soon.
+PAPER = ("targets=blocks", "target_output=last", "center=false", "pixel_pct=0")
 FAST = {"max_lr": 2e-3, "batch_size": 32}  # a rate at which something is learned in 144 steps
 
 
@@ -54,7 +56,13 @@ def test_healthy_runs_stay_quiet(clothes, monkeypatch, method, settings, learns)
 @pytest.mark.parametrize(
     ("method", "epochs", "settings", "verdicts", "remedy"),
     [
-        ("ijepa", 20, {"max_lr": 1e-2, "tau_initial": 0.0, "tau_end": 0.0}, {"targets"}, "raise --tau-initial"),
+        (
+            "ijepa",
+            20,
+            {"set": PAPER, "max_lr": 1e-2, "tau_initial": 0.0, "tau_end": 0.0},
+            {"targets"},
+            "raise --tau-initial",
+        ),
         ("mae", 16, {"max_lr": 0.3}, {"rank", "features"}, "Lower --max-lr (now 0.3)"),
         ("mae", 16, {"max_lr": 1e-7}, {"constant"}, "--max-lr 1e-08 or 1e-06"),
         (
@@ -64,7 +72,7 @@ def test_healthy_runs_stay_quiet(clothes, monkeypatch, method, settings, learns)
             {"crowded"},
             "mean_entropy_weight",
         ),
-        ("msn", 16, {"max_lr": 0.05}, {"unused", "rank"}, "lower --max-lr"),
+        ("msn", 16, {"max_lr": 0.2}, {"unused", "rank"}, "lower --max-lr"),
         ("swav", 16, {"set": ("epsilon=1",), "max_lr": 5e-4}, {"unused"}, "n_prototypes=16"),
     ],
 )
