@@ -59,7 +59,7 @@ def test_healthy_runs_stay_quiet(clothes, monkeypatch, method, settings, learns)
         (
             "ijepa",
             20,
-            {"set": PAPER, "max_lr": 1e-2, "tau_initial": 0.0, "tau_end": 0.0},
+            {"set": PAPER, "max_lr": 0.1, "tau_initial": 0.0, "tau_end": 0.0},
             {"targets"},
             "raise --tau-initial",
         ),
