@@ -87,7 +87,7 @@ def job_of(images, **settings):
 def test_no_step_waits_for_the_device_until_a_line_is_logged(images, name, precision, monkeypatch):
     job = job_of(images, method=name, precision=precision, grad_accum=2)
     batches = list(train.loader(job))  # images and masks are made on the host, in a run by the workers
-    monkeypatch.setattr(train, "loader", lambda job: batches)
+    monkeypatch.setattr(train, "loader", lambda job, cache=None: batches)
     window = Window(job)
     steps = training_steps(job, *optimizer_and_scaler(job))
     window.add(next(steps))
