@@ -373,7 +373,7 @@ def test_images_that_do_not_fit_into_memory_are_read_from_files(cli, images, mon
     monkeypatch.setattr(train, "free_memory", lambda: 1000)
     code, out, err = cli("train", images, *TINY, "--epochs", 1, "--cache", "ram")
     assert code == 0, err
-    assert "--cache ram: the images take about " in out and "more than half of the free memory; they are read" in out
+    assert "--cache ram: the images take about " in out and "leaves 500 bytes; they are read" in out
 
 
 def test_whether_images_fit_into_memory_does_not_change_a_run_of_large_jpegs(cli, images, refused, monkeypatch):

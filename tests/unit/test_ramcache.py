@@ -1,6 +1,8 @@
 """Decoded images in memory are those of the files."""
 
 import multiprocessing
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,6 +85,16 @@ def test_what_does_not_fit_is_left_in_its_files(images, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", 6)
     expected = fill(source, 0, taken(images) / 2)
     assert expected == pytest.approx(taken(images), rel=0.2)
+
+
+def test_workers_that_are_not_forked_share_what_shared_memory_holds(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "SHARED", str(tmp_path))
+    free = shutil.disk_usage(tmp_path).free
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    for method, workers, expected in (("fork", 2, 2 * free), ("spawn", 0, 2 * free), ("spawn", 2, free)):
+        monkeypatch.setattr(multiprocessing, "get_start_method", lambda method=method: method)
+        assert module.shareable(2 * free, workers) == expected
+    assert module.shareable(5, 2) == 5
 
 
 def test_nothing_readable_is_no_error_here(images):
