@@ -109,12 +109,13 @@ def _grey(pixels: np.ndarray) -> Image.Image:
 
 
 class Picture:
-    """An image, upright, in RGB, 8 bits a channel, of which crops can be had; only its header is read at once, of a PNG all.
+    """An image, upright, in RGB, 8 bits a channel, of which crops can be had.
 
-    `image` is Pillow's, opened but not loaded, and `file` what it was opened from, where that is at hand. The
-    pixels are those of `as_seen`, but for two short cuts, both of JPEGs: one that needs no turning is decoded by
-    torchvision, which has the same decoder with less around it; and where all crops are much larger than what is made
-    of them, the decoder itself makes the image smaller, by 2, 4 or 8, so that it stays at least REDUCE times as large
+    Only its header is read at once, but for a PNG, whose orientation may stand behind its pixels. `image` is
+    Pillow's, opened but not loaded, and `file` what it was opened from, where that is at hand. The pixels are those
+    of `as_seen`, but for two short cuts, both of JPEGs: one that needs no turning is decoded by torchvision, which
+    has the same decoder with less around it; and where all crops are much larger than what is made of them, the
+    decoder itself makes the image smaller, by 2, 4 or 8, so that it stays at least REDUCE times as large
     as needed. All methods raise Unreadable. Not for use by two threads at once.
     """
 
