@@ -44,17 +44,17 @@ def test_a_stream_from_memory_is_that_from_files(images, context):
     source = open_source(images)
     (images / source.name(7)).write_bytes(b"no image")
 
-    def batches(cache):
+    def batches(cache, context=None):
         dataset = StreamDataset(source, Views(augmentation((16, 16), color_jitter=0.4)), BlockMasks((4, 4), 10), 0, 4)
         if cache:
             dataset.opened = cache.opened
         micro = MicroBatches(Stream(24, 0), 4, 1, 0, 6)
-        return list(make_loader(dataset, micro, 0 if context is None else 2, pin=False, context=context))
+        return list(make_loader(dataset, micro, 0 if context is None else 1, pin=False, context=context))
 
     cache = fill(source, 0, 1e9)
     for path in () if context else images.rglob("*.*"):  # memory is all that it needs
         path.rename(path.with_suffix(".gone"))
-    from_memory = batches(cache)
+    from_memory = batches(cache, context)
     for path in images.rglob("*.gone"):
         path.rename(
             images
