@@ -448,5 +448,7 @@ def save(
                 **about,
             },
         )
+        if epoch is not None:
+            checkpoint.prune(folder, job.config.keep)
     except (OSError, RuntimeError) as error:
         raise RunFailed(f"cannot write to {folder}: {one_line(error)}; make room{go_on(job)}") from error
