@@ -67,7 +67,7 @@ def flops(method: Method, query: int | None = None) -> Flops:
 
 def masked(sums: Flops, method: Method, query: int | None) -> None:
     """The four methods that predict patches."""
-    S, D, N = method.student.n_patches, method.student.embed_dim, method.student.vit.num_prefix_tokens
+    S, N = method.student.n_patches, method.student.vit.num_prefix_tokens
     if isinstance(method, MeanOfBlocks):
         encode(sums, method, None, trained=False)
     if isinstance(method, Data2Vec):

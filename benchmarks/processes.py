@@ -26,7 +26,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -98,13 +97,13 @@ class Timed:
             context.Process(target=serve, args=given, daemon=True).start()
             theirs.close()
             self._pipes.append(ours)
-        self.gradient_bytes = [pipe.recv() for pipe in self._pipes][0]
+        self.gradient_bytes = max(pipe.recv() for pipe in self._pipes)
 
     def seconds(self, steps: int) -> float:
-        """A step's, the mean of so many, of the slower process."""
+        """A step's, the mean of so many, of the slower process; none end the processes."""
         for pipe in self._pipes:
             pipe.send(steps)
-        return max(pipe.recv() for pipe in self._pipes)
+        return max(pipe.recv() for pipe in self._pipes) if steps else 0.0
 
 
 def serve(pipe: Connection, variant: str, config: TrainConfig, rank: int, count: int, port: int, threads: int) -> None:
@@ -124,8 +123,7 @@ def serve(pipe: Connection, variant: str, config: TrainConfig, rank: int, count:
     for _ in range(2):  # DDP arranges its buckets in the first
         next(steps)
     pipe.send(gradient_bytes(job.method))
-    while True:
-        number = pipe.recv()
+    while number := pipe.recv():
         start = time.perf_counter()
         for _ in range(number):
             next(steps)
@@ -137,6 +135,7 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def overhead(args: argparse.Namespace) -> None:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `train` has it: threads that wait do not spin
     threads = args.threads or len(os.sched_getaffinity(0))
     print(f"{device_name(torch.device('cpu'))}, {threads} threads, python {platform.python_version()}, torch "
           f"{torch.__version__}, timm {timm.__version__}; ViT {args.hidden_dim} x {args.n_encoders}, {args.image_size} px, patch "
@@ -156,6 +155,8 @@ def overhead(args: argparse.Namespace) -> None:
             for _ in range(args.rounds):
                 for of, variant in zip(times, timed):
                     of.append(variant.seconds(args.steps))
+            for variant in timed:
+                variant.seconds(0)
             plain, *others = times
             cells = [method, f"{timed[0].gradient_bytes / 1e6:.1f}", spread([1e3 * t for t in plain], 0)]
             for of in others:
