@@ -2,14 +2,17 @@
 
     python benchmarks/fully_shard.py
 
-An experiment with 2 processes over gloo on the CPU, in float64: `train` does not shard. Student and teacher are cut alike, so that the
-teacher's average is taken shard by shard, and nothing is sent for it. The units that are gathered one after the other are the
+An experiment with 2 processes over gloo on the CPU, in float64: `train` does not shard, but its clipping, its optimizer step, which leaves out
+a gradient that is not finite, and its EMA are taken as they are. Student and teacher are cut alike, so that the teacher's average is
+taken shard by shard and nothing is sent for it. The units that are gathered one after the other are the
 attentions and feed-forward networks of the blocks; `encode` calls these, and not always the block as a whole. All else belongs to the
-outermost unit, the method. Printed are what a process keeps, the bytes that its collectives got, and how far the weights are from the unsharded ones.
+outermost unit, the method. Printed are what a process keeps, how many collectives a step takes, and how far the weights are from the unsharded ones.
 """
 
 import copy
+import math
 import multiprocessing
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
@@ -23,10 +26,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from data2vec_vision.methods.data2vec import Data2Vec
+from data2vec_vision.train import clip_and_step
 from data2vec_vision.vit import build_vit
 
 STEPS, IMAGES, RATE, CLIP = 2, 8, 1e-3, 0.5
-PROCESSES = 2
+PROCESSES, TOLERANCE = 2, 1e-12
 
 
 def shard(method: Data2Vec) -> None:
@@ -43,28 +47,25 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-@torch.no_grad()
-def ema_of_shards(teacher: nn.Module, student: nn.Module, tau: float) -> None:
-    """ema_update, on what this process has of both."""
-    ours, theirs = ([local(p) for p in module.parameters()] for module in (teacher, student))
-    torch._foreach_lerp_(ours, theirs, 1 - tau)
-
-
-def take_steps(method: Data2Vec, images: Tensor, masks: dict[str, Tensor]) -> tuple[list[float], dict[str, int]]:
-    """Gradient norms of the steps, and the collectives of the last one with their number."""
+def take_steps(method: Data2Vec, images: Tensor, masks: dict[str, Tensor]) -> tuple[list[float], str]:
+    """`train`'s clipping, optimizer step and EMA. Gives the gradient norms, and the collectives of the last step."""
     optimizer = torch.optim.AdamW(method.param_groups(0.05), lr=RATE, fused=True)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
     norms = []
-    for step in range(STEPS):
-        with CommDebugMode() as collectives:
+    for _ in range(STEPS):
+        with CommDebugMode() as of_step:
             method(images, masks=masks).loss.backward()
-            norm = nn.utils.clip_grad_norm_(method.parameters(), CLIP)
-            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-            optimizer.step()
-            optimizer.zero_grad()
-            ema_of_shards(method.teacher, method.student, 0.9)
-            method.position_mean.after_step()
-        norms.append(norm.item())
-    return norms, {str(op): n for op, n in collectives.get_comm_counts().items()}
+            norm, _ = clip_and_step(optimizer, scaler, method, CLIP)
+        with CommDebugMode() as of_teacher:
+            method.after_step(0.5)
+        norms.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).item())
+    before = [local(p).clone() for p in method.parameters()]
+    method(images * math.nan, masks=masks).loss.backward()
+    clip_and_step(optimizer, scaler, method, CLIP)
+    if not all(torch.equal(old, local(new)) for old, new in zip(before, method.parameters())):
+        raise RuntimeError("a step whose gradient is not finite has changed the weights")
+    counts = [{str(op).rpartition(".")[2]: n for op, n in of.get_comm_counts().items()} for of in (of_step, of_teacher)]
+    return norms, f"forward, backward and clipping {counts[0]}; teacher and centre of the targets {counts[1]}"
 
 
 def kept(method: nn.Module) -> int:
@@ -75,6 +76,7 @@ def kept(method: nn.Module) -> int:
 def work(rank: int, port: int) -> str:
     """What process `rank` finds."""
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # of views; nothing here writes into them
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=PROCESSES)
     torch.manual_seed(0)
     vit = build_vit(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4)
@@ -83,9 +85,11 @@ def work(rank: int, port: int) -> str:
     sharded = copy.deepcopy(whole)
     shard(sharded)
     share = slice(rank * IMAGES // PROCESSES, (rank + 1) * IMAGES // PROCESSES)
-    start = {name: tensor.clone() for name, tensor in whole.state_dict().items() if tensor.is_floating_point()}
+    start = {name: p.detach().clone() for name, p in whole.named_parameters()}
     norms, _ = take_steps(whole, images, masks)
-    norms_of_shards, collectives = take_steps(sharded, images[share], {name: mask[share] for name, mask in masks.items()})
+    norms_of_shards, collectives = take_steps(
+        sharded, images[share], {name: mask[share] for name, mask in masks.items()}
+    )
     full = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
     lines = [
         f"parameters of student and teacher, kB: {kept(whole) / 1e3:.1f} whole, {kept(sharded) / 1e3:.1f} here",
@@ -96,7 +100,11 @@ def work(rank: int, port: int) -> str:
         final = whole.state_dict()
         moved = max((final[name] - tensor).abs().max().item() for name, tensor in start.items())
         apart = max((full[name] - final[name]).abs().max().item() for name in start)
-        lines.append(f"after {STEPS} steps a weight has moved by {moved:.1e} at most, and is {apart:.1e} from its unsharded one at most")
+        if apart > TOLERANCE:
+            raise RuntimeError(f"the sharded weights are {apart:.1e} from the whole ones")
+        lines.append(
+            f"after {STEPS} steps a weight has moved by {moved:.1e} at most, and is {apart:.1e} from its unsharded one at most"
+        )
     dist.destroy_process_group()
     return "\n".join(lines)
 
