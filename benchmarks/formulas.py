@@ -7,6 +7,7 @@ prototypes, E width of projections.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -22,7 +23,18 @@ from data2vec_vision.monitor import WINDOW
 from data2vec_vision.transforms import local_crop_size
 
 SINKHORN_ITERATIONS = 3
-FP32, FP64, FLAG = 4, 8, 8  # bytes; a flag is an int64
+FP32, FP64 = 4, 8  # bytes
+FLAGS = 3  # a step
+
+
+class Sent(NamedTuple):
+    """Collectives, and the bytes that a process hands to them."""
+
+    calls: float
+    bytes: float
+
+    def __mul__(self, count: float) -> "Sent":  # type: ignore[override]
+        return Sent(count * self.calls, count * self.bytes)
 
 
 @dataclass
@@ -133,51 +145,57 @@ def gradient_bytes(method: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in method.parameters() if p.requires_grad)
 
 
-def passes(method: Method) -> dict[str, int]:
-    """Bytes of the collectives of one forward and backward pass, by what they are for; SwAV's and MSN's statistics."""
+def passes(method: Method) -> dict[str, Sent]:
+    """The collectives of one forward and backward pass, by what they are for: MSN's and SwAV's statistics."""
     if not isinstance(method, (MSN, SwAV)):
         return {}
-    C = FP32 * method.config.n_prototypes
-    norms = FP32 * sum(m.num_features for m in method.head.modules() if isinstance(m, nn.BatchNorm1d))
-    sinkhorn = SINKHORN_ITERATIONS * 2 * C  # the largest and the sum
+    C = method.config.n_prototypes
+    norms = [m.num_features for m in method.head.modules() if isinstance(m, nn.BatchNorm1d)]
+    mean_and_variance = Sent(2 * len(norms), FP32 * 2 * sum(norms))
+    sinkhorn = Sent(SINKHORN_ITERATIONS * 2, FP32 * SINKHORN_ITERATIONS * 2 * C)  # the largest and the sum
     if isinstance(method, SwAV):
-        calls, gap, codes = 1, 0, 2
+        calls, teacher, gap, codes = 1, 0, 0, 2
     else:
-        calls, gap, codes = 1 + (method.n_focal > 0), C, int(method.config.sinkhorn)
-    teacher = 2 * norms if isinstance(method, MSN) else 0
+        calls, teacher, gap, codes = 1 + (method.n_focal > 0), 1, 1, int(method.config.sinkhorn)
+    gradients = mean_and_variance * calls
     return {
-        "batch norm": calls * 2 * norms + teacher,  # the mean and the variance
-        "Sinkhorn": codes * sinkhorn,
-        "mean entropy": C,
-        "prototypes in use": C,
-        "gradients of statistics": calls * 2 * norms + gap,
+        "batch norm": mean_and_variance * (calls + teacher),
+        "Sinkhorn": sinkhorn * codes,
+        "mean entropy": Sent(1, FP32 * C),
+        "prototypes in use": Sent(1, FP32 * C),
+        "gradients of statistics": Sent(gradients.calls + gap, gradients.bytes + FP32 * C * gap),
     }
 
 
-def steps(method: Method, batch: int, grad_accum: int, processes: int) -> dict[str, int]:
-    """Bytes of the collectives of a step beside those of its passes; batch: images of a pass in all processes.
+def steps(method: Method, batch: int, grad_accum: int, processes: int) -> dict[str, Sent]:
+    """The collectives of a step beside those of its passes; batch: images of a pass in all processes.
 
-    SwAV's queue is gathered, not summed: its bytes are what everyone then has. It begins after `queue_start`.
+    Gradients count as one, however many buckets they are in. SwAV's queue is gathered, not summed: its bytes are what
+    everyone then has. It begins after `queue_start`.
     """
-    sums = {"gradients": gradient_bytes(method), "flags": 3 * FLAG}  # a bad file, a signal, a checkpoint that is due
+    sums = {
+        "gradients": Sent(1, gradient_bytes(method)),
+        "flags": Sent(FLAGS, FLAGS * 8),  # a bad file, a signal, a checkpoint that is due; int64
+    }
     if isinstance(method, MeanOfBlocks) and method.position_mean is not None and not method.on_pixels:
-        sums["centre of targets"] = method.position_mean.mean.numel() * FP32
+        sums["centre of targets"] = Sent(1, method.position_mean.mean.numel() * FP32)
     if isinstance(method, SwAV) and method.config.queue_length:
         length, E = method.config.queue_length, method.config.projection_dim
         waiting = min(grad_accum, math.ceil(length / (batch / processes)))  # passes, as each process counts them
-        sums["queue"] = FP32 * batch * 2 * E * waiting
+        sums["queue"] = Sent(waiting, FP32 * batch * 2 * E * waiting)
     return sums
 
 
-def log_bytes(n_logged: int) -> int:
+def log(n_logged: int) -> Sent:
     """Of a line of metrics.jsonl: a mean for each figure that the method logs and three counts."""
-    return FP32 * (n_logged + 3)
+    return Sent(1, FP32 * (n_logged + 3))
 
 
-def health_bytes(method: Method, width: int) -> int:
-    """Of a reading of the verdict's figures, every WINDOW images; width: of what is predicted, 0 where there is none."""
-    D, S = method.student.embed_dim, method.student.n_patches
-    return FP64 * (1 + D + D * D) + (FP32 * S * (3 + width) if width else 0)
+def verdict(method: Method) -> Sent:
+    """Of a reading of the verdict's figures, sums over images and, for what is predicted, by place; every WINDOW images."""
+    D, S, width = method.student.embed_dim, method.student.n_patches, predicted_width(method)
+    of_places = Sent(4, FP32 * S * (3 + width)) if width else Sent(0, 0)
+    return Sent(3 + of_places.calls, FP64 * (1 + D + D * D) + of_places.bytes)
 
 
 def predicted_width(method: Method) -> int:
@@ -187,15 +205,14 @@ def predicted_width(method: Method) -> int:
     return 0 if isinstance(method, (MSN, SwAV)) else method.student.embed_dim
 
 
-def bytes_a_step(
+def a_step(
     method: Method, batch: int, grad_accum: int, processes: int, log_every: int, n_logged: int
-) -> dict[str, float]:
-    """Mean payload of a step's collectives, by what they are for."""
-    sums: dict[str, float] = {**steps(method, batch, grad_accum, processes)}
-    sums |= {name: grad_accum * value for name, value in passes(method).items()}
-    sums["log"] = log_bytes(n_logged) / log_every
-    readings = min(1 / log_every, batch * grad_accum / WINDOW)
-    return sums | {"verdict": readings * health_bytes(method, predicted_width(method))}
+) -> dict[str, Sent]:
+    """A step's collectives, by what they are for; means over a run for what is not sent in every step."""
+    sums = steps(method, batch, grad_accum, processes)
+    sums |= {name: sent * grad_accum for name, sent in passes(method).items()}
+    sums["log"] = log(n_logged) * (1 / log_every)
+    return sums | {"verdict": verdict(method) * min(1 / log_every, batch * grad_accum / WINDOW)}
 
 
 def sent_by_ring(payload: float, processes: int, gathered: bool = False) -> float:
