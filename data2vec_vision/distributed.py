@@ -4,12 +4,17 @@ A run of several processes is started by torchrun, which sets the environment th
 """
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from data2vec_vision.errors import InputError
+
+T = TypeVar("T")
 
 
 def processes() -> int:
@@ -119,6 +124,24 @@ class BatchNorm(nn.BatchNorm1d):
         variance = mean_with_gradient((values - mean).square().mean(dim=0))
         normal = (values - mean) * torch.rsqrt(variance + self.eps)
         return (normal * self.weight + self.bias).to(x.dtype)
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What `make` returns in the main process, where alone it is called, in every process.
+
+    Every process raises the InputError that it raises. Processes that have not joined each call it.
+    """
+    result: list[Any] = [None, None]
+    if is_main() or not dist.is_initialized():
+        try:
+            result[0] = make()
+        except InputError as error:
+            result[1] = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(result, src=0, device=torch.device("cpu"))
+    if result[1] is not None:
+        raise result[1]
+    return result[0]
 
 
 def union(found: dict[int, str]) -> dict[int, str]:

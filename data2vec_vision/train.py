@@ -19,18 +19,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data2vec_vision import checkpoint, distributed
+from data2vec_vision import checkpoint, distributed, resume
 from data2vec_vision.config import TrainConfig, not_default
 from data2vec_vision.data import Batch, MicroBatches, Stream, StreamDataset, make_loader
 from data2vec_vision.device import fast_products, free_memory
-from data2vec_vision.errors import InputError, RunFailed, Stopped, one_line
+from data2vec_vision.errors import Finished, InputError, RunFailed, Stopped, one_line
 from data2vec_vision.messages import describe, estimate, failure, farewell, go_on, slow_loading
 from data2vec_vision.methods.base import Output
 from data2vec_vision.monitor import WINDOW, health, health_sums, on_host
 from data2vec_vision.online import Onlooker
 from data2vec_vision.plan import Job, prepare, restore
-from data2vec_vision.ramcache import RamCache, fill, opened_whole
-from data2vec_vision.run import BadFiles, Progress, RunFolder, caught_signals, duration, plural, say, size
+from data2vec_vision.ramcache import RamCache, fill, opened_whole, shareable
+from data2vec_vision.run import (
+    BadFiles,
+    Progress,
+    RunFolder,
+    asked_to_save,
+    caught_signals,
+    duration,
+    plural,
+    say,
+    size,
+)
 from data2vec_vision.seeding import generator, seed_device
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -147,15 +157,29 @@ def train(config: TrainConfig, given: Mapping[str, Any] | None = None) -> Path:
     `given` are the settings that the user typed, by name, else those that are not the defaults: a resumed
     run checks them against its own.
     Raises InputError for input that cannot be used, RunFailed when the run cannot go on, and Stopped
-    after a signal, when the run's state is saved.
+    after a signal, when the run's state is saved. A run that `auto` finds finished is left as it is, which is said.
     """
     if config.dry_run:
         raise InputError("a dry run trains nothing; call data2vec_vision.dry_run.dry_run instead")
-    typed = not_default(config) if given is None else dict(given)
+    typed = not_default(config) if given is None else given
+    if config.resume_checkpoint != resume.AUTO:
+        return pretrain(config, typed)
+    try:
+        config, typed = resume.found(config, typed)
+        return pretrain(config, typed)
+    except Finished as finished:
+        say(f"Nothing is left to do: {finished}")
+        return Path(config.resume_checkpoint or "").parent
+    finally:
+        distributed.stop()
+
+
+def pretrain(config: TrainConfig, typed: Mapping[str, Any]) -> Path:
+    """`train`, when it is known which checkpoint is gone on with."""
     job = restore(config, typed) if config.resume_checkpoint else prepare(config)
     folder = RunFolder(job.folder)
     if job.restored is None:
-        folder.refuse_if_used()
+        distributed.from_main(folder.refuse_if_used)
     say(describe(job))
     folder.open(job.config, job.first_step)
     try:
@@ -182,7 +206,7 @@ def watch(job: Job, folder: RunFolder, onlooker: Onlooker) -> None:
     bad_files = BadFiles(job.source, folder.path, resumed=job.restored is not None)
     cache, told = filled_cache(job), False
     saved, estimate_at = time.monotonic(), job.first_step + ESTIMATE_AFTER
-    with caught_signals() as signals, contextlib.closing(progress):
+    with caught_signals() as signals, asked_to_save() as asked, contextlib.closing(progress):
         for step in training_steps(job, optimizer, scaler, cache):
             left = progress.step(step.number)
             window.add(step)
@@ -207,14 +231,18 @@ def watch(job: Job, folder: RunFolder, onlooker: Onlooker) -> None:
                 window.drop_health()
             stop = distributed.any_process(bool(signals))
             due = distributed.any_process(time.monotonic() - saved > 60 * config.checkpoint_minutes)  # clocks differ
+            wanted = distributed.any_process(asked.taken())
             epoch_to_save = epoch if epoch_ends and epoch in job.saved_epochs else None
-            if epoch_to_save is not None or stop or due:
+            if epoch_to_save is not None or stop or due or wanted:
                 save(job, optimizer, scaler, window, step.number, epoch_to_save)
                 saved = time.monotonic()
+            if wanted:
+                say(f"Saved after step {step.number:,}, as SIGUSR1 asks: {job.folder / 'checkpoint_last.pt'}")
             if epoch_to_save is not None:  # saved first: whatever happens to a picture, the epoch is safe
                 with window.paused():
                     onlooker.draw(step.number, epoch)
             if stop and step.number < total:
+                distributed.any_process(False)  # a process that left now would make torchrun end the one that writes
                 raise Stopped(
                     signals[0] if signals else signal.SIGTERM, f"Stopped after step {step.number:,}{go_on(job)}"
                 )
@@ -334,12 +362,12 @@ def filled_cache(job: Job) -> RamCache | None:
     if job.config.channels != 3:
         say("--cache ram keeps images of three channels only; these are read from their files")
         return None
-    limit = free_memory() / 2 / distributed.local_processes()
+    limit = shareable(free_memory() / 2, job.config.workers) / distributed.local_processes()
     cache = fill(job.source, job.config.workers, limit)
     if isinstance(cache, int):
         say(
-            f"--cache ram: the images take about {size(cache)} decoded, which is more than half of the free memory; "
-            "they are read from their files"
+            f"--cache ram: the images take about {size(cache)} decoded, and half of the free memory, for all processes "
+            f"of this machine, leaves {size(limit)}; they are read from their files"
         )
         return None
     images, taken = plural(len(job.source), "image", "images"), size(cache.nbytes)
@@ -448,5 +476,7 @@ def save(
                 **about,
             },
         )
+        if epoch is not None:
+            checkpoint.prune(folder, job.config.keep)
     except (OSError, RuntimeError) as error:
         raise RunFailed(f"cannot write to {folder}: {one_line(error)}; make room{go_on(job)}") from error
