@@ -1133,7 +1133,7 @@ DEFECTS = [
      RUN + "auto_resume.py::test_a_command_with_a_config_resumes_too"),
     ("a finished run is an error of a job script", "train.py", "    except Finished as finished:", "    except ZeroDivisionError as finished:",
      RUN + "auto_resume.py::test_the_command_that_began_a_run_resumes_it"),
-    ("each process decides by itself", "distributed.py", "if is_main() or not dist.is_initialized():", "if True:",
+    ("each process decides by itself", "distributed.py", "dist.broadcast_object_list(result, src=0", "(lambda *a, **k: None)(result, src=0",
      UNIT + "distributed.py::test_the_main_process_decides_and_its_refusal_is_everybodys"),
     ("SIGUSR1 asks once for all", "run.py", "return self._seen > before", "return self._seen > before == 0",
      RUN + "auto_resume.py::test_sigusr1_saves_and_the_run_goes_on"),
