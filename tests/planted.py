@@ -1139,6 +1139,14 @@ DEFECTS = [
      RUN + "auto_resume.py::test_sigusr1_saves_and_the_run_goes_on"),
     ("a second SIGTERM ends a run that saves", "run.py", "        if number == signal.SIGINT:", "        if True:",
      RUN + "processes.py::test_a_line_that_spans_a_stop_of_two_processes_is_whole"),
+    ("processes hand over their batches out of turn", "shares.py", "for other in range(1, min(n, total - start)):", "for other in range(min(n, total - start) - 1, 0, -1) if start else ():",
+     RUN + "shared_jobs.py::test_two_processes_write_what_one_writes_and_stop_and_fail_together"),
+    ("a process that fails is told of by all", "shares.py", "            raise Elsewhere from error", "            raise",
+     RUN + "shared_jobs.py::test_two_processes_write_what_one_writes_and_stop_and_fail_together"),
+    ("a stop of one process is its own", "shares.py", "if distributed.any_process(bool(signals)) and not signals:", "if False:",
+     RUN + "shared_jobs.py::test_two_processes_write_what_one_writes_and_stop_and_fail_together"),
+    ("each process takes all batches", "extract.py", "batches[rank() :: processes()] if share else batches", "batches",
+     RUN + "shared_jobs.py::test_two_processes_write_what_one_writes_and_stop_and_fail_together"),
 ]  # fmt: skip
 
 
