@@ -42,11 +42,15 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def start(device: torch.device) -> None:
-    """Join the other processes: gloo for what lies on the CPU, nccl for what lies on a GPU."""
+def start(device: torch.device, store: dist.Store | None = None) -> None:
+    """Join the other processes: gloo for what lies on the CPU, nccl for what lies on a GPU.
+
+    They find each other by the `store`, in which nobody has joined before; by default by torchrun's.
+    """
     if processes() > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        known: dict[str, Any] = {} if store is None else {"store": store, "rank": rank(), "world_size": processes()}
+        dist.init_process_group(backend, timeout=timedelta(minutes=30), **known)
 
 
 def stop() -> None:
