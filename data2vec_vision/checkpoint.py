@@ -190,6 +190,15 @@ def save_training(folder: Path, epoch: int | None, content: dict[str, Any]) -> N
             save(kept, {"format": TRAINING, "version": VERSION, **content})
 
 
+def prune(folder: Path, keep: int) -> None:
+    """Remove each checkpoint_{epoch}.pt but the `keep` that were written last; encoders and checkpoint_last.pt stay."""
+    found = [path for path in folder.glob("checkpoint_*.pt") if path.stem.removeprefix("checkpoint_").isdecimal()]
+    # A run that was resumed from an early epoch writes earlier ones than lie there.
+    found.sort(key=lambda path: (path.stat().st_mtime_ns, int(path.stem.removeprefix("checkpoint_"))))
+    for path in found[:-keep]:
+        path.unlink()
+
+
 def read_training(path: str | os.PathLike[str], mmap: bool = False) -> dict[str, Any]:
     """The content of a training checkpoint, on the CPU, see `read`. Raises InputError for any other file."""
     content = read(path, mmap=mmap)

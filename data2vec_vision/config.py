@@ -81,6 +81,7 @@ class TrainConfig:
     resume_checkpoint: str | None = _output(None, "Continue the run that wrote this checkpoint, exactly; auto: the newest in the output folder, if any.", metavar="FILE|auto")
     allow_changed_images: bool = _output(False, "Resume although images have changed.")
     save_every: int = _output(10, "Epochs between saved files; the last epoch is always saved.", "[1, inf)")
+    keep: int = _output(3, "Checkpoints of epochs that stay; encoders all do.", "[1, inf)")
     checkpoint_minutes: float = _output(10.0, "Minutes between rolling checkpoints.", "(0, inf)")
     log_every: int = _output(10, "Steps between lines of metrics.jsonl.", "[1, inf)")
     eval_path: str | None = _output(None, "Folder of class folders: log the kNN accuracy on it.", metavar="DIRECTORY")

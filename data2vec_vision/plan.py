@@ -51,6 +51,7 @@ MAY_DIFFER = {
     "compile",
     "grad_checkpointing",
     "save_every",
+    "keep",
     "log_every",
     "checkpoint_minutes",
     "eval_path",
