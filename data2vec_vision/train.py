@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import inspect
 import logging
 import math
 import signal
@@ -373,7 +374,10 @@ def compiled_and_parallel(job: Job) -> nn.Module:
     forward: nn.Module = Compiled(job.method) if job.config.compile else job.method
     if distributed.processes() > 1:
         index = None if job.device.type == "cpu" else [job.device.index]
-        forward = DistributedDataParallel(forward, index, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # Buffers are the same in all processes, by what the methods reduce. Newer versions of torch rename the keyword.
+        new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+        buffers: Any = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+        forward = DistributedDataParallel(forward, index, gradient_as_bucket_view=True, **buffers)
     return forward
 
 
