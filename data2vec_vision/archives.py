@@ -32,6 +32,7 @@ LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a file in a zip, which its name, 
 # How a member is stored: as it is; in a zip as it is, deflated, in another way, encrypted; in a row of a table, or not.
 RAW, STORED, DEFLATED, OTHER, ENCRYPTED, ROW, NOTHING = range(7)
 EMPTY_ROW = "there are no bytes in its row"
+DOS = 0  # the system that made an entry of a zip
 LINK, SPARSE = "link", "sparse"  # what such members count as among those that are no images
 
 Members = dict[bytes, tuple[int, int, int, int, int]]  # by name what MEMBER has
@@ -100,13 +101,16 @@ def in_zip(path: str, skipped: Counter[str]) -> Members:
 
 def _zip_name(entry: zipfile.ZipInfo) -> bytes:
     """A name in UTF-8. Without the flag for it a name is in the code page of DOS, but Unix writes what it has there."""
+    name = entry.orig_filename
+    if entry.create_system == DOS and "/" not in name:  # some programs write names as Windows has them
+        name = name.replace("\\", "/")
     if entry.flag_bits & 0x800:
-        return entry.orig_filename.encode()
-    raw = entry.orig_filename.encode("cp437")
+        return name.encode()
+    raw = name.encode("cp437")
     try:
         raw.decode()
     except UnicodeDecodeError:
-        return entry.orig_filename.encode()
+        return name.encode()
     return raw
 
 

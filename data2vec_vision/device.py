@@ -118,21 +118,28 @@ def device_memory(device: torch.device) -> int:
     return 8 * 10**9
 
 
-def free_memory() -> int:
+def free_memory(root: Path = Path("/")) -> int:
     """The bytes of main memory that programs may still take; half of all where the system does not tell."""
     free = []
-    if (meminfo := Path("/proc/meminfo")).exists():
+    if (meminfo := root / "proc/meminfo").exists():
         values = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         if "MemAvailable" in values:
             free.append(1024 * int(values["MemAvailable"].split()[0]))
-    group = Path("/sys/fs/cgroup")  # a container's own bound
+    group = root / "sys/fs/cgroup"  # a container's own bound
     if (group / "memory.max").exists() and (bound := (group / "memory.max").read_text().strip()) != "max":
-        free.append(max(0, int(bound) - int((group / "memory.current").read_text())))
+        used = int((group / "memory.current").read_text()) - reclaimable(group / "memory.stat", "inactive_file")
+        free.append(max(0, int(bound) - used))
     group /= "memory"  # the same, version 1
     if (group / "memory.limit_in_bytes").exists():
         limit, used = (int((group / f"memory.{name}_in_bytes").read_text()) for name in ("limit", "usage"))
-        free.append(max(0, limit - used))
+        free.append(max(0, limit - used + reclaimable(group / "memory.stat", "total_inactive_file")))
     return min(free, default=device_memory(torch.device("cpu")) // 2)
+
+
+def reclaimable(stat: Path, name: str) -> int:
+    """Bytes of files that lie in memory only as long as nobody needs it, by a group's statistics; 0 without these."""
+    lines = stat.read_text().splitlines() if stat.exists() else []
+    return next((int(line.split()[1]) for line in lines if line.split()[0] == name), 0)
 
 
 def set_fused_attention(model: nn.Module, fused: bool) -> None:

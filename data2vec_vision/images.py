@@ -7,7 +7,6 @@ was asked for, N channels.
 import functools
 import io
 import os
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, BinaryIO
@@ -50,13 +49,6 @@ def image_suffixes() -> frozenset[str]:
         for suffix, name in Image.registered_extensions().items()
         if name in Image.OPEN and name not in UNDECODABLE
     )
-
-
-def decode(file: BinaryIO) -> Image.Image:
-    """The first frame of an image file as `as_seen` makes it. Raises as `opened` and `as_seen` do."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of metadata that does not matter; what cannot be decoded raises
-        return as_seen(opened(file))
 
 
 def opened(file: BinaryIO) -> Image.Image:
@@ -117,12 +109,13 @@ def _grey(pixels: np.ndarray) -> Image.Image:
 
 
 class Picture:
-    """An image, upright, in RGB, 8 bits a channel, of which crops can be had; only its header is read at once.
+    """An image, upright, in RGB, 8 bits a channel, of which crops can be had.
 
-    `image` is Pillow's, opened but not loaded, and `file` what it was opened from, where that is at hand. The
-    pixels are those of `as_seen`, but for two short cuts, both of JPEGs: one that needs no turning is decoded by
-    torchvision, which has the same decoder with less around it; and where all crops are much larger than what is made
-    of them, the decoder itself makes the image smaller, by 2, 4 or 8, so that it stays at least REDUCE times as large
+    Only its header is read at once, but for a PNG, whose orientation may stand behind its pixels. `image` is
+    Pillow's, opened but not loaded, and `file` what it was opened from, where that is at hand. The pixels are those
+    of `as_seen`, but for two short cuts, both of JPEGs: one that needs no turning is decoded by torchvision, which
+    has the same decoder with less around it; and where all crops are much larger than what is made of them, the
+    decoder itself makes the image smaller, by 2, 4 or 8, so that it stays at least REDUCE times as large
     as needed. All methods raise Unreadable. Not for use by two threads at once.
     """
 
@@ -260,7 +253,7 @@ class Picture:
         found = []
         for (top, left, height, width), (H, W) in zip(boxes, sizes):
             edges = (x + left / factor, y + top / factor, x + (left + width) / factor, y + (top + height) / factor)
-            found.append(pil_to_tensor(image.resize((W, H), Image.Resampling.BICUBIC, box=edges)))
+            found.append(pil_to_tensor(image.resize((W, H), filter, box=edges)))
         return found
 
 
@@ -339,7 +332,7 @@ def torchvision_reads_jpeg() -> bool:
 def open_image(path: str | os.PathLike[str], channels: int = 3) -> Image.Image | Tensor:
     """An image file as `train` and `extract` see it.
 
-    With three channels it is a PIL image, upright and in RGB, see `decode`; else float32 [N, H, W], see ArrayPicture.
+    With three channels it is a PIL image, upright and in RGB, see `as_seen`; else float32 [N, H, W], see ArrayPicture.
     """
     with open(path, "rb") as file:
         return Picture.of(file, channels).image()

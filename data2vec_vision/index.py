@@ -114,7 +114,7 @@ class Index:
                 raise ValueError("a part of the header is missing") from error
             ends, members = len(line) + 8 * (n + 1), len(line) + 8 * (n + 1) + MEMBER.itemsize * n_members
             size = os.fstat(file.fileno()).st_size
-            if min(n, n_members, n_bytes) < 0 or size != members + n_bytes:
+            if min(n, n_bytes) < 0 or n_members not in (0, n) or size != members + n_bytes:
                 raise ValueError("of another size than its header says")
             file.seek(0)
             all: Any = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size >= MAPPED else file.read()

@@ -6,6 +6,9 @@ machine.
 Shapes: H x W pixels of an image.
 """
 
+import multiprocessing
+import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -26,6 +29,7 @@ from data2vec_vision.sources import ImageFolder, opened_picture, sizes_of_some
 
 BLOCK = 1 << 28  # bytes that are taken at once
 CHUNK = 64  # images that a worker decodes before it answers
+SHARED = "/dev/shm"  # where memory lies that processes share without being forked
 LOOKED_AT = 200  # images by which the whole is estimated
 NOTHING = torch.empty(3, 0, 0, dtype=torch.uint8)
 
@@ -63,6 +67,13 @@ class RamCache:
         self.places[index] = len(self.blocks) - 1, self.used, height, width
         self.used += len(pixels)
         self.nbytes += len(pixels)
+
+
+def shareable(limit: float, workers: int) -> float:
+    """The bytes, `limit` at most, that workers can share: of those that are not forked what /dev/shm still takes."""
+    if not workers or multiprocessing.get_start_method() == "fork" or not os.path.isdir(SHARED):
+        return limit
+    return min(limit, shutil.disk_usage(SHARED).free)
 
 
 def fill(source: ImageFolder, workers: int, limit: float) -> RamCache | int:

@@ -20,6 +20,7 @@ from data2vec_vision.folders import ImageFolder, files_below
 from data2vec_vision.index import Index
 
 KINDS = ", ".join(SUFFIXES)
+PART = re.compile(r"(train|validation|val|test|unsupervised)[-_.]", re.IGNORECASE)  # how shards of one are named
 NONE_SHOWN = 3  # archives named when they are not there
 
 
@@ -100,9 +101,16 @@ def is_archive(path: str | os.PathLike[str]) -> bool:
 
 
 def in_folder(folder: str) -> Archives:
-    """The archives below a folder, which has some."""
-    names = (os.fsdecode(name) for name in files_below(folder))
-    return Archives([os.path.join(folder, name) for name in names if is_archive(name)], folder, of_folder=True)
+    """The archives below a folder, which has some. Parts of a data set, by their names, are taken as one, and named."""
+    names = [name for name in map(os.fsdecode, files_below(folder)) if is_archive(name)]
+    found = {match[1].lower() for name in names if (match := PART.match(os.path.basename(name)))}
+    if len(found) > 1:
+        *first, last = sorted(found, key=lambda part: (part == "train", part))
+        say_once(
+            f"{folder} has the parts {', '.join(first)} and {last}, which are taken together; "
+            f"a pattern gives one: '{os.path.join(folder, '**', f'{last}-*')}'"
+        )
+    return Archives([os.path.join(folder, name) for name in names], folder, of_folder=True)
 
 
 def saved(folder: str) -> Archives | None:

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from itertools import pairwise
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data2vec_vision import archives, shards
 from data2vec_vision.errors import InputError, OtherChannels, Unreadable, explained
-from data2vec_vision.folders import LIST_SUFFIXES, TABLE_SUFFIXES, ImageFolder, ImageList, NoImages
+from data2vec_vision.folders import LIST_SUFFIXES, LOOKED_FOR, TABLE_SUFFIXES, ImageFolder, ImageList, NoImages
 from data2vec_vision.images import AnyPicture, Picture
 
 FIRST = 20  # images whose channels are compared with those that were asked for
@@ -61,7 +61,8 @@ class Several(ImageFolder):
     """The images of several sources: one source after the other, in the sorted order of their paths as given.
 
     So the order of the arguments does not matter. A name is that of the image in its source behind the path of the
-    source as it was given: "a/1.jpg" and "b.zip/1.jpg". Raises InputError when two sources lie in one another.
+    source as it was given: "a/1.jpg" and "b.zip/1.jpg". Raises InputError when two sources lie in one another, or
+    one of them is a list of images that are in another, by the first LOOKED_FOR of the list.
     """
 
     def __init__(self, given: Sequence[str]):
@@ -69,6 +70,7 @@ class Several(ImageFolder):
         self._prefixes = [prefix for prefix, _ in pairs]
         self.sources = [open_source(path) for _, path in pairs]
         refuse_nested([(place, path) for (_, path), source in zip(pairs, self.sources) for place in source.places()])
+        refuse_listed({path: source for (_, path), source in zip(pairs, self.sources)})
         self.root = os.getcwd()
         self.are_files = all(source.are_files for source in self.sources)
         self.skipped = sum((source.skipped for source in self.sources), Counter())
@@ -121,6 +123,19 @@ def refuse_nested(places: Sequence[tuple[str, str]]) -> None:
             raise InputError(
                 f"{path} and {next_path} are one, or one lies in the other, so that images would count twice; give one"
             )
+
+
+def refuse_listed(sources: Mapping[str, ImageFolder]) -> None:
+    """Raises InputError when a list among the sources names images of another, by its first LOOKED_FOR."""
+    folders = {path: source for path, source in sources.items() if type(source) is ImageFolder}
+    for listed, source in sources.items():
+        if not isinstance(source, ImageList):
+            continue
+        for image in map(source.path, range(min(len(source), LOOKED_FOR))):
+            if within := next((path for path, folder in folders.items() if folder.would_take_in(image)), None):
+                raise InputError(
+                    f"{listed} lists images of {within}, such as {image}, so that they would count twice; give one"
+                )
 
 
 @contextmanager

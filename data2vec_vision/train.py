@@ -30,7 +30,7 @@ from data2vec_vision.methods.base import Output
 from data2vec_vision.monitor import WINDOW, health, health_sums, on_host
 from data2vec_vision.online import Onlooker
 from data2vec_vision.plan import Job, prepare, restore
-from data2vec_vision.ramcache import RamCache, fill, opened_whole
+from data2vec_vision.ramcache import RamCache, fill, opened_whole, shareable
 from data2vec_vision.run import BadFiles, Progress, RunFolder, caught_signals, duration, plural, say, size
 from data2vec_vision.seeding import generator, seed_device
 
@@ -335,12 +335,12 @@ def filled_cache(job: Job) -> RamCache | None:
     if job.config.channels != 3:
         say("--cache ram keeps images of three channels only; these are read from their files")
         return None
-    limit = free_memory() / 2 / distributed.local_processes()
+    limit = shareable(free_memory() / 2, job.config.workers) / distributed.local_processes()
     cache = fill(job.source, job.config.workers, limit)
     if isinstance(cache, int):
         say(
-            f"--cache ram: the images take about {size(cache)} decoded, which is more than half of the free memory; "
-            "they are read from their files"
+            f"--cache ram: the images take about {size(cache)} decoded, and half of the free memory, for all processes "
+            f"of this machine, leaves {size(limit)}; they are read from their files"
         )
         return None
     images, taken = plural(len(job.source), "image", "images"), size(cache.nbytes)

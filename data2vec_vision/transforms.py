@@ -190,6 +190,7 @@ class View(nn.Module):
 
         Where none of ten sizes fits, as in a panorama, it is as much of the middle as has an allowed aspect.
         """
+        # As torchvision's RandomResizedCrop.get_params, which takes three times as long: as much as a small image.
         width, height = size
         for _ in range(10):
             share, slant, x, y = torch.rand(4, dtype=torch.float64).tolist()

@@ -1119,6 +1119,20 @@ DEFECTS = [
      RUN + "channels.py::test_a_resumed_run_is_the_run_that_was_not_stopped"),
     ("channels: the number may change on resume", "plan.py", "MAY_DIFFER = {\n", 'MAY_DIFFER = {\n    "channels",\n',
      RUN + "channels.py::test_channels_and_normalisation_may_not_change_on_resume"),
+    ("all of a huge JPEG is resized by bicubic interpolation", "images.py", "image.resize((W, H), filter,", "image.resize((W, H), Image.Resampling.BICUBIC,",
+     "tests/unit/test_picture.py::test_all_of_a_huge_jpeg_is_resized_as_that_of_a_small_one"),
+    ("sources: a list of images of a folder counts them twice", "sources.py", "if not isinstance(source, ImageList):", "if True:",
+     "tests/unit/test_sources.py::test_an_input_that_is_given_twice_is_refused"),
+    ("sources: parts of a data set are taken together in silence", "shards.py", "if len(found) > 1:", "if len(found) > 9:",
+     "tests/unit/test_sources.py::test_parts_of_a_data_set_that_are_taken_together_are_named"),
+    ("archives: backslashes of Windows are letters", "archives.py", "if entry.create_system == DOS and", "if False and",
+     "tests/unit/test_archives.py::test_names_with_backslashes_are_those_of_windows"),
+    ("archives: an index without some of its members is taken", "index.py", "n_members not in (0, n) or size", "n_members < 0 or size",
+     "tests/unit/test_archives.py::test_a_damaged_cache_is_made_anew"),
+    ("a cache in memory is larger than what processes can share", "ramcache.py", "return min(limit, shutil.disk_usage(SHARED).free)", "return limit",
+     "tests/unit/test_ramcache.py::test_workers_that_are_not_forked_share_what_shared_memory_holds"),
+    ("files that the system keeps in memory count as taken", "device.py", '- reclaimable(group / "memory.stat", "inactive_file")', "",
+     "tests/unit/test_memory.py::test_free_memory_is_the_least_of_the_machines_and_the_containers"),
 ]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Archives read in place are folders in another form: the same names, order and bytes; damage is told in one line."""
 
 import io
+import json
 import multiprocessing
 import os
 import pickle
@@ -234,6 +235,16 @@ def test_links_sparse_files_and_long_names_of_a_tar(tmp_path, form):
         assert len(index_of) == 0 and skipped == {"sparse": 1, ".tar": 1}
 
 
+def test_names_with_backslashes_are_those_of_windows(tmp_path):
+    """Some programs there write them; a name that Unix has written may have one in it."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name, system in (("cat\\1.png", 0), ("dog\\2.png", 3), ("x/cow\\3.png", 0)):
+            entry = zipfile.ZipInfo(name)
+            entry.create_system = system
+            archive.writestr(entry, b"x")
+    assert names(open_source(tmp_path / "a.zip")) == ["cat/1.png", "dog\\2.png", "x/cow\\3.png"]
+
+
 def test_links_in_a_zip_are_no_images(tmp_path):
     with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
         link = zipfile.ZipInfo("link.png")
@@ -360,7 +371,21 @@ def test_a_damaged_cache_is_made_anew(tmp_path, both):
     expected = content(open_source(both[0]))
     (kept,) = (tmp_path / ".cache").glob("*.index")
     whole = kept.read_bytes()
-    for damaged in (b"", b"\n", b"{}\n", b"[1]\n", whole[:-1], whole[:100], b"\xff" * 200, whole[:-9] + b"x" * 9):
+    line, rest = whole.split(b"\n", 1)
+    header = json.loads(line)
+    header |= {"members": header["members"] - 1, "bytes": header["bytes"] + MEMBER.itemsize}
+    fewer = json.dumps(header).encode() + b"\n" + rest
+    for damaged in (
+        b"",
+        b"\n",
+        b"{}\n",
+        b"[1]\n",
+        whole[:-1],
+        whole[:100],
+        b"\xff" * 200,
+        whole[:-9] + b"x" * 9,
+        fewer,
+    ):
         kept.write_bytes(damaged)
         assert content(open_source(both[0])) == expected
         assert kept.read_bytes() == whole

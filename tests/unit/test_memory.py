@@ -1,4 +1,4 @@
-"""What is kept for the backward pass: bytes counted against sums by hand, and blocks that compute again what they did not keep."""
+"""Memory: what is kept for the backward pass, against sums by hand; blocks that compute again; what is free."""
 
 import copy
 
@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from data2vec_vision.decoder import MaskedVisionTransformerDecoder
-from data2vec_vision.device import set_grad_checkpointing
+from data2vec_vision.device import device_memory, free_memory, set_grad_checkpointing
 from data2vec_vision.live_bytes import LiveBytes
 from data2vec_vision.targets import mean_of_blocks
 
@@ -115,3 +115,23 @@ def test_computing_again_takes_less_memory(name):
             method(views, masks=masks).loss.backward()
         peaks.append(live.peak - before)
     assert peaks[1] < 0.4 * peaks[0]
+
+
+def test_free_memory_is_the_least_of_the_machines_and_the_containers(tmp_path):
+    """As the kernel writes it; what lies in memory only because it was read from a file can be taken."""
+
+    def system(**files):
+        for name, text in files.items():
+            path = tmp_path / name.replace("__", "/").replace("_of_", ".")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return free_memory(tmp_path)
+
+    assert free_memory(tmp_path) == device_memory(torch.device("cpu")) // 2
+    assert system(proc__meminfo="MemTotal: 9 kB\nMemAvailable:    8 kB\n") == 8 * 1024
+    group = {"sys__fs__cgroup__memory_of_max": "max\n", "sys__fs__cgroup__memory_of_current": "5000\n"}
+    assert system(**group) == 8 * 1024
+    assert system(**group | {"sys__fs__cgroup__memory_of_max": "7000\n"}) == 2000
+    assert system(sys__fs__cgroup__memory_of_stat="anon 3\ninactive_file 1500\nactive_file 7\n") == 3500
+    old = {"limit_in_bytes": "4000\n", "usage_in_bytes": "3900\n", "stat": "cache 9\ntotal_inactive_file 30\n"}
+    assert system(**{f"sys__fs__cgroup__memory__memory_of_{name}": text for name, text in old.items()}) == 130

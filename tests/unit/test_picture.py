@@ -103,6 +103,21 @@ def test_large_jpegs_are_decoded_smaller_and_look_the_same(factor, monkeypatch):
     assert asked == []
 
 
+def test_all_of_a_huge_jpeg_is_resized_as_that_of_a_small_one(monkeypatch):
+    """Bilinear, though its crops are bicubic: against Pillow's own of the image decoded smaller."""
+    file = stored(photo(1200, 900), "JPEG", quality=92)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300_000)
+    ours = Picture.of(file).resized((150, 200))
+    file.seek(0)
+    small = Image.open(file)
+    small.draft("RGB", (300, 225))
+    bilinear, bicubic = (
+        difference(ours, pil_to_tensor(small.resize((200, 150), filter))).mean()
+        for filter in (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
+    )
+    assert bilinear == 0 < bicubic
+
+
 def test_crops_may_be_asked_for_again_finer_and_coarser():
     upright = stored(photo(800, 600), "JPEG", quality=95)
     exif = Image.Exif()

@@ -1,6 +1,8 @@
 """Decoded images in memory are those of the files."""
 
 import multiprocessing
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,17 +44,17 @@ def test_a_stream_from_memory_is_that_from_files(images, context):
     source = open_source(images)
     (images / source.name(7)).write_bytes(b"no image")
 
-    def batches(cache):
+    def batches(cache, context=None):
         dataset = StreamDataset(source, Views(augmentation((16, 16), color_jitter=0.4)), BlockMasks((4, 4), 10), 0, 4)
         if cache:
             dataset.opened = cache.opened
         micro = MicroBatches(Stream(24, 0), 4, 1, 0, 6)
-        return list(make_loader(dataset, micro, 0 if context is None else 2, pin=False, context=context))
+        return list(make_loader(dataset, micro, 0 if context is None else 1, pin=False, context=context))
 
     cache = fill(source, 0, 1e9)
     for path in () if context else images.rglob("*.*"):  # memory is all that it needs
         path.rename(path.with_suffix(".gone"))
-    from_memory = batches(cache)
+    from_memory = batches(cache, context)
     for path in images.rglob("*.gone"):
         path.rename(
             images
@@ -83,6 +85,16 @@ def test_what_does_not_fit_is_left_in_its_files(images, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", 6)
     expected = fill(source, 0, taken(images) / 2)
     assert expected == pytest.approx(taken(images), rel=0.2)
+
+
+def test_workers_that_are_not_forked_share_what_shared_memory_holds(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "SHARED", str(tmp_path))
+    free = shutil.disk_usage(tmp_path).free
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    for method, workers, expected in (("fork", 2, 2 * free), ("spawn", 0, 2 * free), ("spawn", 2, free)):
+        monkeypatch.setattr(multiprocessing, "get_start_method", lambda method=method: method)
+        assert module.shareable(2 * free, workers) == expected
+    assert module.shareable(5, 2) == 5
 
 
 def test_nothing_readable_is_no_error_here(images):

@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from data2vec_vision import cache, tables
 from data2vec_vision import folders as folders_module
 from data2vec_vision import index as index_module
-from data2vec_vision import tables
 from data2vec_vision.errors import InputError
-from data2vec_vision.images import decode, image_suffixes
+from data2vec_vision.images import Picture, image_suffixes
 from data2vec_vision.sources import ImageFolder, ImageList, open_source, read_image
 
 
@@ -109,7 +109,7 @@ def roundtrip(image, kind="PNG", **options):
     file = BytesIO()
     image.save(file, kind, **options)
     file.seek(0)
-    return decode(file)
+    return Picture.of(file).image()
 
 
 def grey_levels(dtype):
@@ -412,6 +412,10 @@ def test_an_input_that_is_given_twice_is_refused(tmp_path):
         with pytest.raises(InputError, match="are one, or one lies in the other, so that images would count twice"):
             open_source(given)
     assert len(open_source(["a", "a-b"])) == 2
+    (tmp_path / "l.txt").write_text("a-b/1.png\n")
+    assert len(open_source(["a", "l.txt"])) == 2
+    with pytest.raises(InputError, match="l.txt lists images of a-b, such as .*/a-b/1.png, so that they would count"):
+        open_source(["a-b", "l.txt"])
 
 
 def saved_table(path, rows, chunk=None, **options):
@@ -431,6 +435,18 @@ def image_bytes(colour):
     data = BytesIO()
     Image.new("RGB", (2, 2), (colour, 0, 0)).save(data, "PNG")
     return data.getvalue()
+
+
+def test_parts_of_a_data_set_that_are_taken_together_are_named(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(cache, "_said", set())
+    for number, name in enumerate(("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001")):
+        saved_table(tmp_path / "data" / f"{name}.parquet", [(image_bytes(number), "1.png")])
+    assert len(open_source(tmp_path)) == 3
+    said = capfd.readouterr().err
+    assert f"{tmp_path} has the parts test and train, which are taken together; a pattern gives one: " in said
+    pattern = said.split("'")[1]
+    assert len(open_source(pattern)) == 2
+    assert len(open_source(tmp_path / "data" / "train-*.parquet")) == 2 and capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("suffix", [".arrow", ".parquet"])
