@@ -340,10 +340,16 @@ def debugged(arguments: list[str]) -> int:
 
 
 def ended(message: str, code: int) -> int:
-    """Print why the command ended, in one line. Of what all processes find at once, the first one tells."""
-    if code == 1 or os.environ.get("RANK", "0") == "0":
+    """Print why the command ended, in one line. Of several processes the first that fails tells."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or speaks():
         click.echo(f"Error: {message}" if code < 128 else message, err=True)
     return code
+
+
+def speaks() -> bool:
+    from data2vec_vision.distributed import speaks
+
+    return speaks()
 
 
 if __name__ == "__main__":

@@ -1,15 +1,30 @@
 """Everything that knows about processes. With one process each function does nothing.
 
-A run of several processes is started by torchrun, which sets the environment that `start` reads.
+A run of several processes is started by torchrun, which sets the environment that `start` reads, and which ends all
+when one ends.
 """
 
 import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+
+from data2vec_vision.errors import InputError, RunFailed
+
+WAIT = timedelta(minutes=30)  # for a slow process, before it is taken to be lost
+PATIENCE = 3.0  # seconds that a process leaves to those who know more of a failure
+# What gloo says when the other end is gone; nccl's errors have a type of their own.
+SIGNS_OF_LOSS = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
+T = TypeVar("T")
+_store: dist.Store | None = None  # where processes leave notes for each other; torchrun keeps it
+_speaks: bool | None = None
 
 
 def processes() -> int:
@@ -37,16 +52,118 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def start(device: torch.device) -> None:
-    """Join the other processes: gloo for what lies on the CPU, nccl for what lies on a GPU."""
-    if processes() > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+@contextmanager
+def joined() -> Iterator[None]:
+    """Inside, this process computes together with those that torchrun started with it.
+
+    The first that fails says why; the others fail for want of it, and are told by `speaks` to be silent.
+    """
+    mine = start()
+    try:
+        yield
+    except BaseException as error:
+        speaks()  # before the others notice that this process is gone
+        mine = mine and not (is_loss(error) or is_loss(error.__cause__))  # nccl would wait for the lost one
+        raise
+    finally:
+        if mine:
+            stop()
+
+
+def start() -> bool:
+    """Join the other processes: gloo for what lies on the CPU, nccl for what lies on a GPU. Returns whether it did."""
+    global _store, _speaks
+    if processes() == 1 or dist.is_initialized():
+        return False
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    _store, number, count = next(rendezvous("env://", timeout=WAIT))
+    _speaks = None
+    dist.init_process_group(backend, store=_store, rank=number, world_size=count, timeout=WAIT)
+    return True
 
 
 def stop() -> None:
+    global _store
     if dist.is_initialized():
         dist.destroy_process_group()
+    _store = None
+
+
+def speaks() -> bool:
+    """Whether this process is the one that tells the user of a failure: the first of all that asks."""
+    global _speaks
+    if _speaks is None and processes() > 1:
+        try:
+            store = _store or (_store_of_torchrun() if "TORCHELASTIC_RUN_ID" in os.environ else None)
+            # Only one of them hosts the store where torchrun does not; without it the main process tells.
+            _speaks = is_main() if store is None else store.add("failures told", 1) == 1
+        except RuntimeError:  # the machine with the store is gone
+            _speaks = True
+    return _speaks is not False
+
+
+def _store_of_torchrun() -> dist.Store:
+    return next(rendezvous("env://", timeout=timedelta(seconds=10)))[0]
+
+
+def is_loss(error: BaseException | None) -> bool:
+    """Whether an error says that another process does not answer any more."""
+    if not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in SIGNS_OF_LOSS)
+
+
+@contextmanager
+def patient(signals: Sequence[int]) -> Iterator[None]:
+    """When another process is lost inside, wait until who knows more has spoken, or torchrun's SIGTERM is there."""
+    try:
+        yield
+    except RuntimeError as error:
+        until = time.monotonic() + PATIENCE
+        while is_loss(error) and not signals and time.monotonic() < until:
+            time.sleep(0.05)
+        raise
+
+
+def everyone(value: T) -> list[T]:
+    """The `value` of each process, in the order of their numbers."""
+    if not dist.is_initialized():
+        return [value]
+    values = [value] * processes()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def together(make: Callable[[], T]) -> T:
+    """What `make` returns, called in each process. Where it raises InputError or RunFailed in one, all raise the same.
+
+    Else the others would wait for that one, and nobody would know why.
+    """
+    if not dist.is_initialized():
+        return make()
+    made: list[T] = []
+    error: InputError | RunFailed | None = None
+    try:
+        made.append(make())
+    except (InputError, RunFailed) as raised:
+        error = raised
+    errors = everyone(error)
+    for number, found in enumerate(errors):
+        if found is not None:
+            alone = any(str(other) != str(found) for other in errors)
+            raise type(found)(f"{found} (found by process {number} only)" if alone else str(found)) from error
+    return made[0]
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What `make` returns in the main process, in each; other machines need not have, or see already, what it reads."""
+    value = together(lambda: make() if is_main() else None)
+    if dist.is_initialized():
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        value = box[0]
+    assert value is not None
+    return value
 
 
 def mean(values: Tensor) -> Tensor:

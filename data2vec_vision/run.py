@@ -70,7 +70,9 @@ class RunFolder:
         self._metrics: TextIO | None = None
 
     def refuse_if_used(self) -> None:
-        """Raises InputError when the folder holds another run's files."""
+        """Raises InputError when the folder holds another run's files; the main process looks."""
+        if not distributed.is_main():
+            return
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file; give a folder as --checkpoint-out-dir")
         files = [p for kind in ("checkpoint", "student", "teacher") for p in self.path.glob(f"{kind}_*.pt")]

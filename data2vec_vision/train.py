@@ -29,7 +29,7 @@ from data2vec_vision.messages import describe, estimate, failure, farewell, go_o
 from data2vec_vision.methods.base import Output
 from data2vec_vision.monitor import WINDOW, health, health_sums, on_host
 from data2vec_vision.online import Onlooker
-from data2vec_vision.plan import Job, prepare, restore
+from data2vec_vision.plan import Job, agree, prepare, restore
 from data2vec_vision.ramcache import RamCache, fill, opened_whole, shareable
 from data2vec_vision.run import BadFiles, Progress, RunFolder, caught_signals, duration, plural, say, size
 from data2vec_vision.seeding import generator, seed_device
@@ -39,6 +39,10 @@ ESTIMATE_AFTER = 20  # steps
 STEADY = 2 * ESTIMATE_AFTER  # steps after which the loader has got going
 SLOW_LOADING = 0.3  # share of the time spent waiting for images that is worth a word
 SKIPS_IN_A_ROW = 100  # so many steps without a finite gradient end the run
+LOST = (
+    "another process of the run has ended without a word: it was killed, for want of memory perhaps, or its machine is "
+    "gone; torchrun tells which one"
+)
 
 
 @dataclass
@@ -153,25 +157,38 @@ def train(config: TrainConfig, given: Mapping[str, Any] | None = None) -> Path:
     if config.dry_run:
         raise InputError("a dry run trains nothing; call data2vec_vision.dry_run.dry_run instead")
     typed = not_default(config) if given is None else dict(given)
-    job = restore(config, typed) if config.resume_checkpoint else prepare(config)
+    job: Job | None = None
+    folder: RunFolder | None = None
+    with distributed.joined():
+        try:
+            job = distributed.together(lambda: restore(config, typed) if config.resume_checkpoint else prepare(config))
+            agree(job)
+            folder = opened_folder(job)
+            with contextlib.closing(distributed.together(partial(Onlooker, job, folder))) as onlooker:
+                watch(job, folder, onlooker)
+        except (InputError, RunFailed, Stopped, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            if distributed.is_loss(error):
+                raise RunFailed(LOST + (go_on(job) if job else "")) from error
+            if job is None or folder is None:
+                raise
+            kept = folder.keep_traceback(traceback.format_exc())
+            raise RunFailed(failure(error, job, kept) + go_on(job)) from error
+        finally:
+            if folder is not None:
+                folder.close()
+    return job.folder
+
+
+def opened_folder(job: Job) -> RunFolder:
+    """The folder of the run, taken by the main process, after the plan was printed; all raise what that one does."""
     folder = RunFolder(job.folder)
     if job.restored is None:
-        folder.refuse_if_used()
+        distributed.together(folder.refuse_if_used)
     say(describe(job))
-    folder.open(job.config, job.first_step)
-    try:
-        with contextlib.closing(Onlooker(job, folder)) as onlooker:
-            distributed.start(job.device)
-            watch(job, folder, onlooker)
-    except (InputError, RunFailed, Stopped, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        kept = folder.keep_traceback(traceback.format_exc())
-        raise RunFailed(failure(error, job, kept) + go_on(job)) from error
-    finally:
-        folder.close()
-        distributed.stop()
-    return folder.path
+    distributed.together(partial(folder.open, job.config, job.first_step))
+    return folder
 
 
 def watch(job: Job, folder: RunFolder, onlooker: Onlooker) -> None:
@@ -183,7 +200,7 @@ def watch(job: Job, folder: RunFolder, onlooker: Onlooker) -> None:
     bad_files = BadFiles(job.source, folder.path, resumed=job.restored is not None)
     cache, told = filled_cache(job), False
     saved, estimate_at = time.monotonic(), job.first_step + ESTIMATE_AFTER
-    with caught_signals() as signals, contextlib.closing(progress):
+    with caught_signals() as signals, distributed.patient(signals), contextlib.closing(progress):
         for step in training_steps(job, optimizer, scaler, cache):
             left = progress.step(step.number)
             window.add(step)

@@ -55,7 +55,7 @@ def trained(images, method, steps, dtype):
     """What `steps` of the real loop make: the student, the losses, the first gradient, all of all processes."""
     with precision(dtype):
         job = prepare(configuration(images, method, clip_grad=0.0, max_lr=1e-3), steps=steps)
-        loop.distributed.start(job.device)
+        loop.distributed.start()
         optimizer, scaler = loop.optimizer_and_scaler(job)
         gradients = []
 
@@ -202,7 +202,7 @@ def traffic(images, grad_accum, hidden_dim):
 
     config = configuration(images, "data2vec", batch_size=4, grad_accum=grad_accum, hidden_dim=hidden_dim)
     job = prepare(config, steps=3)
-    loop.distributed.start(job.device)
+    loop.distributed.start()
     job.method.student.vit.patch_embed.proj.weight.register_hook(lambda g: events.append("images"))
     loop.compiled_and_parallel, dist.all_reduce, found = hooked, counted, []
     try:
