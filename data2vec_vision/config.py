@@ -78,9 +78,10 @@ class TrainConfig:
     seed: int = _optim(0, "Seed of everything random.", "[0, inf)")
 
     checkpoint_out_dir: str | None = _output(None, "Folder that the run writes to.", metavar="DIRECTORY", auto="runs/<input>-<method>")
-    resume_checkpoint: str | None = _output(None, "Continue the run that wrote this checkpoint, exactly.", metavar="FILE")
+    resume_checkpoint: str | None = _output(None, "Continue the run that wrote this checkpoint, exactly; auto: the newest in the output folder, if any.", metavar="FILE|auto")
     allow_changed_images: bool = _output(False, "Resume although images have changed.")
     save_every: int = _output(10, "Epochs between saved files; the last epoch is always saved.", "[1, inf)")
+    keep: int = _output(3, "Checkpoints of epochs that stay; encoders all do.", "[1, inf)")
     checkpoint_minutes: float = _output(10.0, "Minutes between rolling checkpoints.", "(0, inf)")
     log_every: int = _output(10, "Steps between lines of metrics.jsonl.", "[1, inf)")
     eval_path: str | None = _output(None, "Folder of class folders: log the kNN accuracy on it.", metavar="DIRECTORY")
@@ -312,6 +313,11 @@ def name_of(inputs: Sequence[str]) -> str:
     return name + (f"-and-{len(inputs) - 1}-more" if len(inputs) > 1 else "")
 
 
+def default_folder(inputs: Sequence[str], method: str) -> str:
+    """Where a run writes to when nobody says it."""
+    return str(Path("runs") / f"{name_of(inputs)}-{Path(method).stem}")
+
+
 def steps_per_epoch(config: TrainConfig, n_images: int) -> int:
     """Steps in which every image is seen at least once; every step is full."""
     return -(-n_images // config.images_a_step)
@@ -382,5 +388,5 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, dict[str, s
     pays = facts.device == "cpu" and values.get("precision", config.precision) == "bf16" and facts.compiler
     long = work > LONG_WORK * facts.cores
     fill("compile", pays and long, "a long run on a CPU")
-    fill("checkpoint_out_dir", str(Path("runs") / f"{name_of(config.inputs)}-{Path(config.method).stem}"), "")
+    fill("checkpoint_out_dir", default_folder(config.inputs, config.method), "")
     return dataclasses.replace(config, **values), reasons

@@ -150,20 +150,27 @@ def together(make: Callable[[], T]) -> T:
     errors = everyone(error)
     for number, found in enumerate(errors):
         if found is not None:
-            alone = any(str(other) != str(found) for other in errors)
+            alone = number > 0 and any(str(other) != str(found) for other in errors)
             raise type(found)(f"{found} (found by process {number} only)" if alone else str(found)) from error
     return made[0]
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """What `make` returns in the main process, in each; other machines need not have, or see already, what it reads."""
-    value = together(lambda: make() if is_main() else None)
+    """What `make` returns in the main process, where alone it is called, in each; all raise the error that it raises.
+
+    Other machines need not have, or see already, what it reads. Processes that have not joined each call it.
+    """
+    result: list[Any] = [None, None]
+    if is_main() or not dist.is_initialized():
+        try:
+            result[0] = make()
+        except (InputError, RunFailed) as error:
+            result[1] = error
     if dist.is_initialized():
-        box = [value]
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-        value = box[0]
-    assert value is not None
-    return value
+        dist.broadcast_object_list(result, src=0, device=torch.device("cpu"))
+    if result[1] is not None:
+        raise result[1]
+    return result[0]
 
 
 def mean(values: Tensor) -> Tensor:
@@ -250,8 +257,13 @@ def union(found: dict[int, str]) -> dict[int, str]:
 
 def any_process(flag: bool) -> bool:
     """Whether `flag` is true in any process; on the CPU, so that no device waits."""
+    return any_process_each(flag)[0]
+
+
+def any_process_each(*flags: bool) -> list[bool]:
+    """`any_process` of several flags at once."""
     if not dist.is_initialized():
-        return flag
-    flags = torch.tensor(int(flag))
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return bool(flags)
+        return list(flags)
+    found = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in found.tolist()]

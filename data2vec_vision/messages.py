@@ -140,7 +140,8 @@ def disk_needed(job: Job) -> int:
     everything = sum(t.numel() for t in job.method.state_dict().values())
     encoders = 1 if job.method.teacher is None else 2
     still = sum((e + 1) * job.steps_per_epoch > job.first_step for e in job.saved_epochs)
-    return 4 * (still * (encoders * encoder + everything + 2 * trained) + everything + 2 * trained)
+    checkpoints = 1 + min(still, job.config.keep)
+    return 4 * (still * encoders * encoder + checkpoints * (everything + 2 * trained))
 
 
 def disk_free(folder: Path) -> int:

@@ -34,7 +34,7 @@ from data2vec_vision.device import (
     set_grad_checkpointing,
     versions,
 )
-from data2vec_vision.errors import InputError
+from data2vec_vision.errors import Finished, InputError
 from data2vec_vision.knobs import knobs_from, option_defaults
 from data2vec_vision.methods.base import Method
 from data2vec_vision.normalization import Normalization, chosen
@@ -53,6 +53,7 @@ MAY_DIFFER = {
     "compile",
     "grad_checkpointing",
     "save_every",
+    "keep",
     "log_every",
     "checkpoint_minutes",
     "eval_path",
@@ -201,7 +202,7 @@ def restore(config: TrainConfig, given: Mapping[str, Any]) -> Job:
     if total != schedule.total_steps:
         schedule = schedule.extended(step, total)
     if step >= schedule.total_steps:
-        raise InputError(f"the run in {path} is finished; add epochs with --epochs {2 * config.epochs}, for example")
+        raise Finished(f"the run in {path} is finished; add epochs with --epochs {2 * config.epochs}, for example")
     method_class = methods.find(config.method)
     vit, _ = build_encoder(config, method_class, weights=False)
     method = method_class(vit, **knobs_from(method_class.Config, config, config.method))

@@ -70,9 +70,7 @@ class RunFolder:
         self._metrics: TextIO | None = None
 
     def refuse_if_used(self) -> None:
-        """Raises InputError when the folder holds another run's files; the main process looks."""
-        if not distributed.is_main():
-            return
+        """Raises InputError when the folder holds another run's files."""
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file; give a folder as --checkpoint-out-dir")
         files = [p for kind in ("checkpoint", "student", "teacher") for p in self.path.glob(f"{kind}_*.pt")]
@@ -245,7 +243,10 @@ class Progress:
 
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """Inside, SIGINT and SIGTERM are noted in the list; a second one acts at once. Other threads get no signals."""
+    """Inside, SIGINT and SIGTERM are noted in the list; a second SIGINT acts at once. Other threads get no signals.
+
+    A second SIGTERM does not: schedulers and torchrun send it again while a run saves, and have SIGKILL to insist.
+    """
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
@@ -253,7 +254,8 @@ def caught_signals() -> Iterator[list[int]]:
 
     def note(number: int, frame: Any) -> None:
         caught.append(number)
-        signal.signal(number, before[number])
+        if number == signal.SIGINT:
+            signal.signal(number, before[number])
 
     before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -263,6 +265,37 @@ def caught_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Asked:
+    """Whether something was asked for since it was last looked at."""
+
+    def __init__(self) -> None:
+        self.times = self._seen = 0
+
+    def taken(self) -> bool:
+        """Whether it was asked for; what comes later counts anew. A signal may come at any point of this."""
+        before, self._seen = self._seen, self.times
+        return self._seen > before
+
+
+@contextlib.contextmanager
+def asked_to_save() -> Iterator[Asked]:
+    """Inside, SIGUSR1 is noted and does not end the process, as it else would; Windows has none."""
+    asked = Asked()
+    number = getattr(signal, "SIGUSR1", None)
+    if number is None or threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def note(number: int, frame: Any) -> None:
+        asked.times += 1
+
+    before = signal.signal(number, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(number, before)
 
 
 def duration(seconds: float) -> str:

@@ -77,22 +77,32 @@ def test_a_line_that_spans_a_stop_of_two_processes_is_whole(images):
         "import os, signal\n"
         "from data2vec_vision.methods.data2vec import Data2Vec\n"
         "class Slow(Data2Vec):\n"
-        '    """Gets a SIGTERM in its ninth step."""\n'
-        "    calls = 0\n"
+        '    """Gets a SIGUSR1 in the second process and in both, and in its ninth step a SIGTERM in the first, twice."""\n'
+        "    calls, rank = 0, int(os.environ['RANK'])\n"
         "    def training_step(self, views, masks):\n"
         "        self.calls += 1\n"
-        "        if self.calls == 9 and not os.environ.get('CALM'):\n"
-        "            os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        if not os.environ.get('CALM'):\n"
+        "            if (self.calls, self.rank) in ((3, 1), (5, 0), (5, 1)):\n"
+        "                os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "            if (self.calls, self.rank) == (9, 0):\n"
+        "                os.kill(os.getpid(), signal.SIGTERM)\n"
+        "                os.kill(os.getpid(), signal.SIGTERM)\n"
         "        return super().training_step(views, masks)\n"
     )
-    torchrun(2, "train", images, *options, "--checkpoint-out-dir", "stopped")
+    options += ["--checkpoint-out-dir", "stopped", "--resume-checkpoint", "auto"]
+    run = torchrun(2, "train", images, *options)
+    assert [line for line in run.stdout.splitlines() if "SIGUSR1" in line] == [
+        f"Saved after step {step}, as SIGUSR1 asks: stopped/checkpoint_last.pt" for step in (3, 5)
+    ]
+    assert run.stderr.count("Stopped after step 9; continue with") == 1
     assert torch.load("stopped/checkpoint_last.pt", weights_only=True)["step"] == 9
     os.environ["CALM"] = "1"
     try:
-        run = torchrun(2, "train", "--resume-checkpoint", "stopped/checkpoint_last.pt")
+        run = torchrun(2, "train", images, *options)
     finally:
         del os.environ["CALM"]
     assert run.returncode == 0, run.stderr
+    assert run.stdout.count("The newest checkpoint in stopped is checkpoint_last.pt, of step 9;") == 1
     for one, two in zip(metrics("whole"), metrics("stopped"), strict=True):
         assert one["step"] == two["step"]
         for name in ("loss", "target_std", "prediction_std"):

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data2vec_vision import distributed
 from data2vec_vision.distributed import BatchNorm
+from data2vec_vision.errors import InputError
 from data2vec_vision.methods.msn import MSN
 from data2vec_vision.methods.swav import SwAV
 from data2vec_vision.prototypes import mean_entropy_gap, prototype_use, sinkhorn
@@ -55,6 +56,22 @@ def two():
     yield call
     for process in processes:
         process.kill()
+
+
+def told_by_main():
+    """What the main process says in each process, and what each raises of its error."""
+
+    def refuse():
+        raise InputError(f"no, says {distributed.rank()}")
+
+    try:
+        return distributed.from_main(distributed.rank), distributed.from_main(refuse)
+    except InputError as error:
+        return distributed.from_main(distributed.rank), str(error)
+
+
+def test_the_main_process_decides_and_its_refusal_is_everybodys(two):
+    assert two(told_by_main) == [(0, "no, says 0")] * 2
 
 
 def own(rows):

@@ -57,6 +57,7 @@ SAMPLES = ["samples", "samples.make"]
 METHODS = ["methods.base", "methods.latent", *(f"methods.{name}" for name in METHOD_NAMES), "methods"]
 JOBS = [
     "run",
+    "resume",
     "labels",
     "partial",
     "writers",
