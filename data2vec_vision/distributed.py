@@ -6,6 +6,7 @@ when one ends.
 
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -76,10 +77,33 @@ def start() -> bool:
     if processes() == 1 or dist.is_initialized():
         return False
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    _store, number, count = next(rendezvous("env://", timeout=WAIT))
-    _speaks = None
+    store, number, count = next(rendezvous("env://", timeout=WAIT))
+    _store, _speaks = of_this_start(store, number, count), None
     dist.init_process_group(backend, store=_store, rank=number, world_size=count, timeout=WAIT)
     return True
+
+
+def of_this_start(store: dist.Store, number: int, count: int) -> dist.Store:
+    """A part of `store` that nobody has used, the same for all `count` processes; each gives its `number`.
+
+    torchrun keeps one store while it starts processes again, and in it lie the addresses of those that are gone: who
+    reads one waits for the dead. It counts its attempts on each machine by itself, so that the count is no name for
+    all. The main process makes a name up, and tells it to whoever asks until all have it: a question may be old too.
+    """
+    if number > 0:
+        question = uuid.uuid4().hex
+        store.set(f"question {number}", question)
+        name = store.get(f"answer {question}").decode()
+        store.set(f"{name} known to {number}", "")
+        return dist.PrefixStore(name, store)
+    name, unaware, until = uuid.uuid4().hex, set(range(1, count)), time.monotonic() + WAIT.total_seconds()
+    while unaware and time.monotonic() < until:
+        for other in unaware:
+            if store.check([f"question {other}"]):
+                store.set(f"answer {store.get(f'question {other}').decode()}", name)
+        unaware = {other for other in unaware if not store.check([f"{name} known to {other}"])}
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store)
 
 
 def stop() -> None:
@@ -94,9 +118,10 @@ def speaks() -> bool:
     global _speaks
     if _speaks is None and processes() > 1:
         try:
-            store = _store or (_store_of_torchrun() if "TORCHELASTIC_RUN_ID" in os.environ else None)
-            # Only one of them hosts the store where torchrun does not; without it the main process tells.
-            _speaks = is_main() if store is None else store.add("failures told", 1) == 1
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+            # Where torchrun does not host the store the main process does; before they have joined it tells.
+            store = _store or (None if attempt is None else _store_of_torchrun())
+            _speaks = is_main() if store is None else store.add(f"failures told {attempt}", 1) == 1
         except RuntimeError:  # the machine with the store is gone
             _speaks = True
     return _speaks is not False
