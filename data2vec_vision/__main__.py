@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from data2vec_vision.config import GROUPS, TrainConfig, field_type, fields, flag, read_config
-from data2vec_vision.errors import Elsewhere, InputError, RunFailed, Stopped
+from data2vec_vision.errors import InputError, RunFailed, Stopped
 
 
 class Auto(click.ParamType):
@@ -321,8 +321,6 @@ def main(arguments: list[str] | None = None) -> int:
         return debugged(arguments) or ended(str(error), 2)
     except RunFailed as error:
         return debugged(arguments) or ended(str(error), 1)
-    except Elsewhere:
-        return debugged(arguments) or 1
     except Stopped as stop:
         return ended(str(stop), stop.exit_code)
     except (KeyboardInterrupt, click.Abort):
@@ -346,10 +344,16 @@ def debugged(arguments: list[str]) -> int:
 
 
 def ended(message: str, code: int) -> int:
-    """Print why the command ended, in one line. Of what all processes find at once, the first one tells."""
-    if code == 1 or os.environ.get("RANK", "0") == "0":
+    """Print why the command ended, in one line. Of several processes the first that fails tells."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or speaks():
         click.echo(f"Error: {message}" if code < 128 else message, err=True)
     return code
+
+
+def speaks() -> bool:
+    from data2vec_vision.distributed import speaks
+
+    return speaks()
 
 
 if __name__ == "__main__":

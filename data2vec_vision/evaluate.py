@@ -83,7 +83,7 @@ def evaluate(
     for option, target in zip(("--json", "--picture"), files):
         refuse_overwriting(option, target, checkpoint, labels, input_path, test_path)
     where = find_device(device)
-    with joined(where):
+    with joined():
         return evaluate_all(
             checkpoint,
             input_path,

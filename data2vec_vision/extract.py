@@ -64,7 +64,7 @@ def extract(
     target = check_output(output, pool)
     refuse_overwriting("--output", target, checkpoint, *(inputs := inputs_of(input_path)))
     where = find_device(device)
-    with joined(where):
+    with joined():
         extract_all(checkpoint, inputs, target, pool, layer, encoder, batch_size, workers, where, precision, resume)
 
 

@@ -2,12 +2,11 @@
 
 The same command may so be given again and again, as a scheduler does. The main process chooses and tells the others:
 on a file system that machines share each may see another state of the folder for some seconds, and processes that
-chose by themselves could go on from different steps. The others wait until they see the very step that was chosen.
+chose by themselves could go on from different steps. It also reads the file for all (plan.restore).
 """
 
 import os
 import re
-import time
 import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,37 +15,29 @@ from typing import Any
 
 from data2vec_vision import checkpoint, distributed
 from data2vec_vision.config import TrainConfig, default_folder, read_config
-from data2vec_vision.device import find_device
 from data2vec_vision.errors import InputError
 from data2vec_vision.run import say
 
 AUTO = "auto"
-VISIBLE = 60.0  # seconds until a file that one machine sees is seen by all
 
 
 def found(config: TrainConfig, given: Mapping[str, Any]) -> tuple[TrainConfig, Mapping[str, Any]]:
     """`config` with the newest checkpoint in place of auto, None for a fresh run, and the settings that it must not
     contradict: those `given`, the typed ones, and where there is a --config, those of that file.
 
-    Joins the other processes. Raises InputError where it is not known which folder is meant, and where not all machines
-    see the checkpoint.
+    Raises InputError where it is not known which folder is meant.
     """
     if not (config.inputs or config.checkpoint_out_dir):
         raise InputError("--resume-checkpoint auto looks in the output folder; give INPUT_PATH or --checkpoint-out-dir")
     folder = Path(config.checkpoint_out_dir or default_folder(config.inputs, config.method))
-    distributed.start(find_device(config.device))
     path, step = distributed.from_main(lambda: newest(folder))
     if path is None:
         say(f"There is no checkpoint in {folder} to go on with; a fresh run begins.")
         return replace(config, resume_checkpoint=None), given
-    if distributed.any_process(not visible(path, step)):
-        raise InputError(
-            f"not every process sees step {step:,} in {path}, after {VISIBLE:g} s of waiting; "
-            "give a --checkpoint-out-dir on a file system that all machines share"
-        )
     say(f"The newest checkpoint in {folder} is {path.name}, of step {step:,}; the run goes on from there.")
     if config.config:
-        given = read_config(config.config, given)
+        path_of_config = config.config
+        given = distributed.from_main(lambda: read_config(path_of_config, given))
     return replace(config, resume_checkpoint=str(path), config=None), given
 
 
@@ -95,17 +86,3 @@ def first_spoilt(path: Path) -> str | None:
             return archive.testzip()
     except (OSError, zipfile.BadZipFile) as error:
         return str(error)
-
-
-def visible(path: Path, step: int) -> bool:
-    """Whether this process sees the checkpoint of that step, now or some seconds later."""
-    deadline = time.monotonic() + VISIBLE
-    while True:
-        try:
-            if steps_of(path) == step:
-                return True
-        except InputError:
-            pass  # not yet there, or an earlier file of that name
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.2)

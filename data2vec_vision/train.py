@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import inspect
 import logging
 import math
 import signal
@@ -28,7 +29,7 @@ from data2vec_vision.messages import describe, estimate, failure, farewell, go_o
 from data2vec_vision.methods.base import Output
 from data2vec_vision.monitor import WINDOW, health, health_sums, on_host
 from data2vec_vision.online import Onlooker
-from data2vec_vision.plan import Job, prepare, restore
+from data2vec_vision.plan import Job, agree, prepare, restore
 from data2vec_vision.ramcache import RamCache, fill, opened_whole, shareable
 from data2vec_vision.run import (
     BadFiles,
@@ -48,6 +49,10 @@ ESTIMATE_AFTER = 20  # steps
 STEADY = 2 * ESTIMATE_AFTER  # steps after which the loader has got going
 SLOW_LOADING = 0.3  # share of the time spent waiting for images that is worth a word
 SKIPS_IN_A_ROW = 100  # so many steps without a finite gradient end the run
+LOST = (
+    "another process of the run has ended without a word: it was killed, for want of memory perhaps, or its machine is "
+    "gone; torchrun tells which one"
+)
 
 
 @dataclass
@@ -162,39 +167,50 @@ def train(config: TrainConfig, given: Mapping[str, Any] | None = None) -> Path:
     if config.dry_run:
         raise InputError("a dry run trains nothing; call data2vec_vision.dry_run.dry_run instead")
     typed = not_default(config) if given is None else given
-    if config.resume_checkpoint != resume.AUTO:
-        return pretrain(config, typed)
-    try:
-        config, typed = resume.found(config, typed)
-        return pretrain(config, typed)
-    except Finished as finished:
-        say(f"Nothing is left to do: {finished}")
-        return Path(config.resume_checkpoint or "").parent
-    finally:
-        distributed.stop()
+    with distributed.joined():
+        if config.resume_checkpoint != resume.AUTO:
+            return pretrain(config, typed)
+        try:
+            config, typed = resume.found(config, typed)
+            return pretrain(config, typed)
+        except Finished as finished:
+            say(f"Nothing is left to do: {finished}")
+            return Path(config.resume_checkpoint or "").parent
 
 
 def pretrain(config: TrainConfig, typed: Mapping[str, Any]) -> Path:
     """`train`, when it is known which checkpoint is gone on with."""
-    job = restore(config, typed) if config.resume_checkpoint else prepare(config)
-    folder = RunFolder(job.folder)
-    if job.restored is None:
-        distributed.from_main(folder.refuse_if_used)
-    say(describe(job))
-    folder.open(job.config, job.first_step)
+    job: Job | None = None
+    folder: RunFolder | None = None
     try:
-        with contextlib.closing(Onlooker(job, folder)) as onlooker:
-            distributed.start(job.device)
+        job = distributed.together(lambda: restore(config, typed) if config.resume_checkpoint else prepare(config))
+        agree(job)
+        folder = opened_folder(job)
+        with contextlib.closing(distributed.together(partial(Onlooker, job, folder))) as onlooker:
             watch(job, folder, onlooker)
     except (InputError, RunFailed, Stopped, KeyboardInterrupt):
         raise
     except Exception as error:
+        if distributed.is_loss(error):
+            raise RunFailed(LOST + (go_on(job) if job else "")) from error
+        if job is None or folder is None:
+            raise
         kept = folder.keep_traceback(traceback.format_exc())
         raise RunFailed(failure(error, job, kept) + go_on(job)) from error
     finally:
-        folder.close()
-        distributed.stop()
-    return folder.path
+        if folder is not None:
+            folder.close()
+    return job.folder
+
+
+def opened_folder(job: Job) -> RunFolder:
+    """The folder of the run, taken by the main process, after the plan was printed; all raise what that one does."""
+    folder = RunFolder(job.folder)
+    if job.restored is None:
+        distributed.from_main(folder.refuse_if_used)
+    say(describe(job))
+    distributed.together(partial(folder.open, job.config, job.first_step))
+    return folder
 
 
 def watch(job: Job, folder: RunFolder, onlooker: Onlooker) -> None:
@@ -206,7 +222,12 @@ def watch(job: Job, folder: RunFolder, onlooker: Onlooker) -> None:
     bad_files = BadFiles(job.source, folder.path, resumed=job.restored is not None)
     cache, told = filled_cache(job), False
     saved, estimate_at = time.monotonic(), job.first_step + ESTIMATE_AFTER
-    with caught_signals() as signals, asked_to_save() as asked, contextlib.closing(progress):
+    with (
+        caught_signals() as signals,
+        asked_to_save() as asked,
+        distributed.patient(signals),
+        contextlib.closing(progress),
+    ):
         for step in training_steps(job, optimizer, scaler, cache):
             left = progress.step(step.number)
             window.add(step)
@@ -229,9 +250,8 @@ def watch(job: Job, folder: RunFolder, onlooker: Onlooker) -> None:
             if job.method.phase != step.phase:  # the steps to come take another time, and mean something else
                 estimate_at = step.number + ESTIMATE_AFTER
                 window.drop_health()
-            stop = distributed.any_process(bool(signals))
-            due = distributed.any_process(time.monotonic() - saved > 60 * config.checkpoint_minutes)  # clocks differ
-            wanted = distributed.any_process(asked.taken())
+            late = time.monotonic() - saved > 60 * config.checkpoint_minutes  # clocks differ
+            stop, due, wanted = distributed.any_process_each(bool(signals), late, asked.taken())
             epoch_to_save = epoch if epoch_ends and epoch in job.saved_epochs else None
             if epoch_to_save is not None or stop or due or wanted:
                 save(job, optimizer, scaler, window, step.number, epoch_to_save)
@@ -401,7 +421,10 @@ def compiled_and_parallel(job: Job) -> nn.Module:
     forward: nn.Module = Compiled(job.method) if job.config.compile else job.method
     if distributed.processes() > 1:
         index = None if job.device.type == "cpu" else [job.device.index]
-        forward = DistributedDataParallel(forward, index, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # Buffers are the same in all processes, by what the methods reduce. Newer versions of torch rename the keyword.
+        new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+        buffers: Any = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+        forward = DistributedDataParallel(forward, index, gradient_as_bucket_view=True, **buffers)
     return forward
 
 

@@ -16,10 +16,10 @@ from data2vec_vision.errors import InputError
 from data2vec_vision.sources import open_source
 
 
-def torchrun(count, *arguments):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+def torchrun(count, *arguments, launcher=()):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), *launcher]
     return subprocess.run(
-        [*launcher, "-m", "data2vec_vision", *map(str, arguments)],
+        [*command, "-m", "data2vec_vision", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=120,

@@ -1,8 +1,6 @@
 """Which checkpoint `--resume-checkpoint auto` takes, and that all processes see it."""
 
 import shutil
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -63,19 +61,6 @@ def test_where_all_are_damaged_they_are_put_aside_and_not_overwritten(capsys):
     assert resume.newest(Path()) == (None, 0)
     assert Path("checkpoint_last.pt.damaged").read_bytes() == before and not Path("checkpoint_last.pt").exists()
     assert "checkpoint_last.pt is now checkpoint_last.pt.damaged" in capsys.readouterr().out
-
-
-def test_a_process_waits_for_the_step_that_was_chosen(monkeypatch):
-    """Another machine may see the file later, or an earlier file of that name."""
-    write("checkpoint_last.pt", 6)
-    later = threading.Thread(target=lambda: time.sleep(0.3) or write("checkpoint_last.pt", 9))
-    later.start()
-    assert resume.visible(Path("checkpoint_last.pt"), 9)
-    later.join()
-    monkeypatch.setattr(resume, "VISIBLE", 0.1)
-    monkeypatch.setattr(resume.distributed, "from_main", lambda make: (Path("checkpoint_last.pt"), 12))
-    with pytest.raises(InputError, match="not every process sees step 12 in checkpoint_last.pt"):
-        resume.found(TrainConfig(checkpoint_out_dir=".", resume_checkpoint="auto"), {})
 
 
 def test_a_folder_must_follow_from_what_is_given():
