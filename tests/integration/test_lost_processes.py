@@ -223,7 +223,9 @@ def test_a_killed_process_ends_all_with_a_line_and_torchrun_starts_them_again(cl
     assert run.returncode == 0, run.stderr
     [error] = [line for line in run.stderr.splitlines() if line.startswith("Error: ")]
     assert "another process of the run has ended without a word: it was killed" in error
-    assert error.endswith("-m data2vec_vision train --resume-checkpoint two/checkpoint_last.pt")
+    assert error.endswith(
+        "torchrun --nproc-per-node 2 -m data2vec_vision train --resume-checkpoint two/checkpoint_last.pt"
+    )
     said = run.stdout.splitlines()
     assert said.count("There is no checkpoint in two to go on with; a fresh run begins.") == 1
     assert said.count("Resumed  from two/checkpoint_last.pt after step 5 of 18") == 1
