@@ -1180,6 +1180,8 @@ DEFECTS = [
      RUN + "processes.py::test_an_error_in_the_arguments_is_told_once"),
     ("processes that start again find the dead", "distributed.py", "return dist.PrefixStore(name, store)", "return store",
      UNIT + "distributed.py::test_processes_that_start_again_do_not_read_what_those_before_them_wrote"),
+    ("a process waits for a lost one without end", "distributed.py", "                if not signals:", "                if False:",
+     RUN + "lost_processes.py::test_a_process_that_waits_for_a_lost_one_without_end_says_so_and_ends"),
     ("an old question is enough", "distributed.py", 'unaware = {other for other in unaware if not store.check([f"{name} known to {other}"])}',
      'unaware = {other for other in unaware if not store.check([f"question {other}"])}',
      UNIT + "distributed.py::test_processes_that_start_again_do_not_read_what_those_before_them_wrote"),

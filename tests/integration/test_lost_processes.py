@@ -4,8 +4,10 @@ import contextlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from test_same_run import configuration, configuration_in
 from data2vec_vision import data, device, distributed, plan, train
 from data2vec_vision.config import TrainConfig
 from data2vec_vision.errors import InputError, RunFailed
+from data2vec_vision.run import caught_signals
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +178,27 @@ def test_the_process_that_fails_tells_and_the_other_is_silent(two, folder):
     assert kind == other_kind == "RunFailed"
     assert not tells and "another process of the run has ended without a word" in text
     assert other_tells and "a cosmic ray" in other_text
+
+
+def waits_in_vain(path):
+    """The first process waits, in C++, for one that does not come; and gets torchrun's SIGTERM."""
+    distributed.start()
+    if distributed.rank() == 1:
+        time.sleep(60)
+    os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), 2)
+    distributed.STUCK, os.environ["TORCHELASTIC_RUN_ID"] = 0.5, "run"
+    with caught_signals() as signals, distributed.patient(signals, lambda: "the other one is gone"):
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        distributed.any_process(True)
+
+
+def test_a_process_that_waits_for_a_lost_one_without_end_says_so_and_ends(folder):
+    group = Together(2, folder)
+    group.begin(waits_in_vain, folder / "said.txt")
+    group.processes[0].join(30)
+    assert group.processes[0].exitcode == 1
+    assert (folder / "said.txt").read_text() == "Error: the other one is gone\n"
+    group.end(0)
 
 
 def test_each_process_takes_a_gpu_that_it_sees(monkeypatch):
