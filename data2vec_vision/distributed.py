@@ -75,16 +75,23 @@ def joined() -> Iterator[None]:
             stop()
 
 
-def start() -> bool:
-    """Join the other processes: gloo for what lies on the CPU, nccl for what lies on a GPU. Returns whether it did."""
+def start(store: dist.Store | None = None) -> bool:
+    """Join the other processes: gloo for what lies on the CPU, nccl for what lies on a GPU. Returns whether it did.
+
+    They find each other by the `store`, a new one by default.
+    """
     global _store, _speaks
     if processes() == 1 or dist.is_initialized():
         return False
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    store, number, count = next(rendezvous("env://", timeout=WAIT))
-    _store, _speaks = of_this_start(store, number, count), None
-    dist.init_process_group(backend, store=_store, rank=number, world_size=count, timeout=WAIT)
+    _store, _speaks = store or new_store(), None
+    dist.init_process_group(backend, store=_store, rank=rank(), world_size=processes(), timeout=WAIT)
     return True
+
+
+def new_store() -> dist.Store:
+    """Where these processes, and none before them, leave notes for each other; all have to ask for it."""
+    return of_this_start(*next(rendezvous("env://", timeout=WAIT)))
 
 
 def of_this_start(store: dist.Store, number: int, count: int) -> dist.Store:
@@ -111,10 +118,8 @@ def of_this_start(store: dist.Store, number: int, count: int) -> dist.Store:
 
 
 def stop() -> None:
-    global _store
     if dist.is_initialized():
         dist.destroy_process_group()
-    _store = None
 
 
 def speaks() -> bool:

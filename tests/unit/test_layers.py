@@ -10,6 +10,7 @@ GROUND = [
     "errors",
     "cpu",
     "distributed",
+    "shares",
     "seeding",
     "patches",
     "masking",
