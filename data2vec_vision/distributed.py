@@ -5,6 +5,9 @@ when one ends.
 """
 
 import os
+import signal
+import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 from data2vec_vision.errors import InputError, RunFailed
 
 WAIT = timedelta(minutes=30)  # for a slow process, before it is taken to be lost
+STUCK = 25.0  # seconds after torchrun's SIGTERM in which a process has to note it; after 30 it is killed
 PATIENCE = 3.0  # seconds that a process leaves to those who know more of a failure
 # What gloo says when the other end is gone; nccl's errors have a type of their own.
 SIGNS_OF_LOSS = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
@@ -77,10 +81,14 @@ def start() -> bool:
     if processes() == 1 or dist.is_initialized():
         return False
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    store, number, count = next(rendezvous("env://", timeout=WAIT))
-    _store, _speaks = of_this_start(store, number, count), None
-    dist.init_process_group(backend, store=_store, rank=number, world_size=count, timeout=WAIT)
+    _store, _speaks = new_store(), None
+    dist.init_process_group(backend, store=_store, rank=rank(), world_size=processes(), timeout=WAIT)
     return True
+
+
+def new_store() -> dist.Store:
+    """Where these processes, and none before them, leave notes for each other; all have to ask for it."""
+    return of_this_start(*next(rendezvous("env://", timeout=WAIT)))
 
 
 def of_this_start(store: dist.Store, number: int, count: int) -> dist.Store:
@@ -107,10 +115,8 @@ def of_this_start(store: dist.Store, number: int, count: int) -> dist.Store:
 
 
 def stop() -> None:
-    global _store
     if dist.is_initialized():
         dist.destroy_process_group()
-    _store = None
 
 
 def wait_for_all() -> None:
@@ -148,15 +154,47 @@ def is_loss(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def patient(signals: Sequence[int]) -> Iterator[None]:
-    """When another process is lost inside, wait until who knows more has spoken, or torchrun's SIGTERM is there."""
+def patient(signals: Sequence[int], last_words: Callable[[], str]) -> Iterator[None]:
+    """When another process is lost inside, wait until who knows more has spoken, or torchrun's SIGTERM is in `signals`.
+
+    Where the loss does not show, because this process waits for a GPU, Python cannot note that SIGTERM. Then a thread
+    says the `last_words` and ends the process, shortly before torchrun kills it.
+    """
+    with _heard_by_a_thread(signals, last_words):
+        try:
+            yield
+        except RuntimeError as error:
+            until = time.monotonic() + PATIENCE
+            while is_loss(error) and not signals and time.monotonic() < until:
+                time.sleep(0.05)
+            raise
+
+
+@contextmanager
+def _heard_by_a_thread(signals: Sequence[int], last_words: Callable[[], str]) -> Iterator[None]:
+    """Inside, under torchrun, a SIGTERM that is not in `signals` after STUCK seconds ends this process."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+
+    def listen() -> None:
+        while number := ours.recv(1):
+            if number[0] == signal.SIGTERM:
+                time.sleep(STUCK)
+                if not signals:
+                    if speaks():
+                        os.write(2, f"Error: {last_words()}\n".encode())
+                    os._exit(1)
+
+    before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=listen, daemon=True).start()
     try:
         yield
-    except RuntimeError as error:
-        until = time.monotonic() + PATIENCE
-        while is_loss(error) and not signals and time.monotonic() < until:
-            time.sleep(0.05)
-        raise
+    finally:
+        signal.set_wakeup_fd(before)
+        theirs.close()
 
 
 def everyone(value: T) -> list[T]:

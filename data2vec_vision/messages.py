@@ -17,7 +17,7 @@ from data2vec_vision.device import cores, device_name, free_memory
 from data2vec_vision.errors import one_line
 from data2vec_vision.plan import Job
 from data2vec_vision.recipes import compared, packed
-from data2vec_vision.run import BadFiles, command, duration, plural, size
+from data2vec_vision.run import BadFiles, command, duration, launched, plural, size
 from data2vec_vision.sources import ImageFolder, sizes_of_some
 from data2vec_vision.vit import forward_flops
 
@@ -153,7 +153,7 @@ def disk_free(folder: Path) -> int:
 def go_on(job: Job) -> str:
     """How to continue the run, as the end of a sentence."""
     last = job.folder / "checkpoint_last.pt"
-    return f"; continue with: {command('train', '--resume-checkpoint', last)}" if last.exists() else ""
+    return f"; continue with: {launched('train', '--resume-checkpoint', last)}" if last.exists() else ""
 
 
 def failure(error: Exception, job: Job, traceback: Path | None) -> str:

@@ -37,6 +37,15 @@ def command(*words: object) -> str:
     return f"{PROGRAM} {shlex.join(str(word) for word in words)}"
 
 
+def launched(*words: object) -> str:
+    """A command of this tool for as many processes as this run has."""
+    here = distributed.local_processes()
+    if (nodes := distributed.processes() // here) == here == 1:
+        return command(*words)
+    machines = f"--nnodes {nodes} ... " if nodes > 1 else ""
+    return f"torchrun {machines}--nproc-per-node {here} -m data2vec_vision {shlex.join(str(word) for word in words)}"
+
+
 def say(text: str) -> None:
     """Print for the user, once however many processes there are."""
     if distributed.is_main():

@@ -225,7 +225,7 @@ def watch(job: Job, folder: RunFolder, onlooker: Onlooker) -> None:
     with (
         caught_signals() as signals,
         asked_to_save() as asked,
-        distributed.patient(signals),
+        distributed.patient(signals, lambda: LOST + go_on(job)),
         contextlib.closing(progress),
     ):
         for step in training_steps(job, optimizer, scaler, cache):

@@ -63,9 +63,9 @@ class Together:
         assert all(done for done, _ in found), "\n".join(text for done, text in found if not done)
         return [answer for _, answer in found]
 
-    def end(self):
+    def end(self, seconds=10):
         for pipe in self.pipes:
             pipe.close()
         for process in self.processes:
-            process.join(10)
+            process.join(seconds)
             process.kill()

@@ -4,8 +4,10 @@ import contextlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from test_same_run import configuration, configuration_in
 from data2vec_vision import data, device, distributed, plan, train
 from data2vec_vision.config import TrainConfig
 from data2vec_vision.errors import InputError, RunFailed
+from data2vec_vision.run import caught_signals
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +180,27 @@ def test_the_process_that_fails_tells_and_the_other_is_silent(two, folder):
     assert other_tells and "a cosmic ray" in other_text
 
 
+def waits_in_vain(path):
+    """The first process waits, in C++, for one that does not come; and gets torchrun's SIGTERM."""
+    distributed.start()
+    if distributed.rank() == 1:
+        time.sleep(60)
+    os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), 2)
+    distributed.STUCK, os.environ["TORCHELASTIC_RUN_ID"] = 0.5, "run"
+    with caught_signals() as signals, distributed.patient(signals, lambda: "the other one is gone"):
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        distributed.any_process(True)
+
+
+def test_a_process_that_waits_for_a_lost_one_without_end_says_so_and_ends(folder):
+    group = Together(2, folder)
+    group.begin(waits_in_vain, folder / "said.txt")
+    group.processes[0].join(30)
+    assert group.processes[0].exitcode == 1
+    assert (folder / "said.txt").read_text() == "Error: the other one is gone\n"
+    group.end(0)
+
+
 def test_each_process_takes_a_gpu_that_it_sees(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "3")
@@ -223,7 +247,9 @@ def test_a_killed_process_ends_all_with_a_line_and_torchrun_starts_them_again(cl
     assert run.returncode == 0, run.stderr
     [error] = [line for line in run.stderr.splitlines() if line.startswith("Error: ")]
     assert "another process of the run has ended without a word: it was killed" in error
-    assert error.endswith("-m data2vec_vision train --resume-checkpoint two/checkpoint_last.pt")
+    assert error.endswith(
+        "torchrun --nproc-per-node 2 -m data2vec_vision train --resume-checkpoint two/checkpoint_last.pt"
+    )
     said = run.stdout.splitlines()
     assert said.count("There is no checkpoint in two to go on with; a fresh run begins.") == 1
     assert said.count("Resumed  from two/checkpoint_last.pt after step 5 of 18") == 1
