@@ -1174,8 +1174,6 @@ DEFECTS = [
      RUN + "lost_processes.py::test_what_one_process_finds_ends_all_with_one_line"),
     ("each process looks whether the folder is used", "train.py", "distributed.from_main(folder.refuse_if_used)", "folder.refuse_if_used()",
      RUN + "lost_processes.py::test_a_folder_that_holds_a_run_is_seen_by_the_main_process_for_all"),
-    ("a process that lost another speaks at once", "distributed.py", "while is_loss(error) and not signals", "while False and not signals",
-     RUN + "lost_processes.py::test_the_process_that_fails_tells_and_the_other_is_silent"),
     ("every process tells of a failure", "__main__.py", 'int(os.environ.get("WORLD_SIZE", 1)) == 1 or speaks()', "True",
      RUN + "processes.py::test_an_error_in_the_arguments_is_told_once"),
     ("processes that start again find the dead", "distributed.py", "return dist.PrefixStore(name, store)", "return store",
