@@ -25,6 +25,8 @@ from data2vec_vision.device import (
     set_fused_attention,
 )
 from data2vec_vision.errors import InputError, RunFailed, Stopped, Unreadable, one_line
+from data2vec_vision.failures import said_with
+from data2vec_vision.loading import LoadingFailed, lasting, reading, sendable
 from data2vec_vision.partial import Partial
 from data2vec_vision.run import caught_signals, plural, say
 from data2vec_vision.sources import ImageFolder, open_source, opened_picture
@@ -89,15 +91,20 @@ def extract(
     partial.check_room(len(source), FORMATS[target.suffix].room)
     if layer is not None:
         model.vit.blocks = model.vit.blocks[:layer]  # no need to compute what comes after it
-    compute = feature_function(model.to(where), where, pool, layer, precision)
+    reads = said_with(batch_size, reading_processes(workers), where)
     try:
-        with partial.opened(resume), caught_signals() as signals:
+        with reads, partial.opened(resume), caught_signals() as signals:
+            compute = feature_function(model.to(where), where, pool, layer, precision)
             stop = stop_function(signals, partial, len(source))
             pin, start = where.type == "cuda", partial.progress.images
             loader = image_loader(source, model.transform, batch_size, workers, pin, start)
             compute_rows(partial, compute, loader, len(source), stop)
             refuse_useless(partial, model, checkpoint, ", ".join(inputs))
             write_output(partial, source, about, stop)
+    except RunFailed as error:
+        if not (isinstance(error.__cause__, LoadingFailed) and partial.notes.exists()):
+            raise
+        raise RunFailed(f"{error}; then {GO_ON}") from error
     except OSError as error:
         kept = f"; then {GO_ON}" if partial.notes.exists() else ""
         raise RunFailed(
@@ -157,7 +164,7 @@ class Images(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
         try:
-            with opened_picture(self.source, index, self.transform.channels) as picture:
+            with reading(index), opened_picture(self.source, index, self.transform.channels) as picture:
                 return index, self.transform.resized(picture)
         except Unreadable as error:
             return index, str(error)
@@ -166,7 +173,30 @@ class Images(Dataset):
 def collate(items: list[tuple[int, Tensor | str]]) -> tuple[Tensor | None, dict[int, str]]:
     """The readable images, [B, C, H, W], and the reasons for the others by index."""
     readable = [image for _, image in items if isinstance(image, Tensor)]
-    return torch.stack(readable) if readable else None, {i: reason for i, reason in items if isinstance(reason, str)}
+    pixels = sendable(torch.stack(readable)) if readable else None
+    return pixels, {i: reason for i, reason in items if isinstance(reason, str)}
+
+
+class ImageBatches:
+    """Images from number `start` on, in order, in batches as `collate` makes them, though processes be lost."""
+
+    def __init__(self, dataset: Images, batch_size: int, workers: int, pin: bool, start: int):
+        self.dataset, self.batch_size, self.workers, self.pin, self.start = dataset, batch_size, workers, pin, start
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, dict[int, str]]]:
+        return lasting(self._from_batch, self.dataset.source.name, say)
+
+    def _from_batch(self, done: int) -> DataLoader:
+        return DataLoader(
+            self.dataset,
+            self.batch_size,
+            sampler=range(self.start + done * self.batch_size, len(self.dataset)),
+            num_workers=self.workers,
+            collate_fn=collate,
+            pin_memory=self.pin,
+            worker_init_fn=start_worker,
+            generator=torch.Generator(),
+        )
 
 
 def image_loader(
@@ -176,18 +206,14 @@ def image_loader(
     workers: int | None,
     pin: bool = False,
     start: int = 0,
-) -> DataLoader:
-    """The images from number `start` on, in order, in batches as `collate` makes them."""
-    return DataLoader(
-        Images(source, transform),
-        batch_size,
-        sampler=range(start, len(source)),
-        num_workers=max(0, min(8, cores() - 1)) if workers is None else workers,
-        collate_fn=collate,
-        pin_memory=pin,
-        worker_init_fn=start_worker,
-        generator=torch.Generator(),
-    )
+) -> ImageBatches:
+    """The batches of all images from number `start` on, read by so many processes, None: as many as pay."""
+    return ImageBatches(Images(source, transform), batch_size, reading_processes(workers), pin, start)
+
+
+def reading_processes(workers: int | None) -> int:
+    """How many processes read images, where `workers` are asked for."""
+    return max(0, min(8, cores() - 1)) if workers is None else workers
 
 
 def feature_function(
@@ -237,7 +263,7 @@ def stop_function(signals: list[int], partial: Partial, total: int) -> Callable[
 def compute_rows(
     partial: Partial,
     compute: Callable[[Tensor], Tensor],
-    loader: DataLoader,
+    loader: ImageBatches,
     total: int,
     stop: Callable[[], None],
 ) -> None:

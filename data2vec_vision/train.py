@@ -10,7 +10,7 @@ import signal
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from data2vec_vision import checkpoint, distributed
 from data2vec_vision.config import TrainConfig, not_default
 from data2vec_vision.data import Batch, MicroBatches, Stream, StreamDataset, make_loader
-from data2vec_vision.device import fast_products, free_memory
+from data2vec_vision.device import deterministic, fast_products, free_memory
 from data2vec_vision.errors import InputError, RunFailed, Stopped, one_line
+from data2vec_vision.loading import lasting
 from data2vec_vision.messages import describe, estimate, failure, farewell, go_on, slow_loading
 from data2vec_vision.methods.base import Output
 from data2vec_vision.monitor import WINDOW, health, health_sums, on_host
@@ -159,7 +161,7 @@ def train(config: TrainConfig, given: Mapping[str, Any] | None = None) -> Path:
     say(describe(job))
     folder.open(job.config, job.first_step)
     try:
-        with contextlib.closing(Onlooker(job, folder)) as onlooker:
+        with deterministic(config.deterministic), contextlib.closing(Onlooker(job, folder)) as onlooker:
             distributed.start(job.device)
             watch(job, folder, onlooker)
     except (InputError, RunFailed, Stopped, KeyboardInterrupt):
@@ -348,7 +350,7 @@ def filled_cache(job: Job) -> RamCache | None:
 
 
 def loader(job: Job, cache: RamCache | None = None) -> Iterable[Batch]:
-    """The batches of all steps that are left."""
+    """The batches of all steps that are left, though processes that read images are lost."""
     config = job.config
     views, masks = job.method.views(), job.method.masks()
     dataset = StreamDataset(job.source, views, masks, config.seed, config.images_a_step, config.channels)
@@ -365,7 +367,11 @@ def loader(job: Job, cache: RamCache | None = None) -> Iterable[Batch]:
         distributed.rank(),
         distributed.processes(),
     )
-    return make_loader(dataset, batches, config.workers, pin=job.device.type == "cuda")
+
+    def from_pass(done: int) -> DataLoader:
+        return make_loader(dataset, replace(batches, done=done), config.workers, pin=job.device.type == "cuda")
+
+    return lasting(from_pass, job.source.name, say)
 
 
 def compiled_and_parallel(job: Job) -> nn.Module:

@@ -47,6 +47,7 @@ MODELS_AND_DATA = [
     "sources",
     "normalization",
     "survey",
+    "loading",
     "data",
     "ramcache",
     "checkpoint",
@@ -57,6 +58,7 @@ SAMPLES = ["samples", "samples.make"]
 METHODS = ["methods.base", "methods.latent", *(f"methods.{name}" for name in METHOD_NAMES), "methods"]
 JOBS = [
     "run",
+    "failures",
     "labels",
     "partial",
     "writers",
