@@ -70,6 +70,7 @@ JOBS = [
     "findings",
     "evaluate",
     "plan",
+    "skips",
     "figures",
     "messages",
     "loggers",
