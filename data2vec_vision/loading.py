@@ -6,6 +6,7 @@ the machine is: after TRIES the error names it.
 """
 
 import ctypes
+import math
 import multiprocessing
 import os
 import signal
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, get_worker_info
 SLOWEST = 600.0  # seconds at one image after which a process is taken to hang
 TRIES = 3  # loaders that are started for one batch
 RESTARTS = 20  # of a command: beyond that it is the machine that needs a look
-LOOK = 5.0  # seconds without a batch after which the processes are looked at, and again
+LOOK = 5.0  # seconds between looks at the processes
 SETTLE = 1.0  # seconds in which a process that has closed its files is gone
 IDLE = -1
 
@@ -46,8 +47,10 @@ def reading(index: int) -> Iterator[None]:
         return
     note = notes[worker.id]
     note.pid, note.since, note.image = os.getpid(), time.monotonic(), index
-    yield
-    note.image = IDLE  # an error on the way is no loss, and leaves the image to whatever is read next
+    try:
+        yield
+    finally:
+        note.since, note.image = time.monotonic(), IDLE
 
 
 def sendable(tensor: Tensor) -> Tensor:
@@ -111,42 +114,46 @@ class Workers:
         self._name = name
         self._notes = multiprocessing.RawArray(Note, [(0, IDLE, 0.0)] * loader.num_workers)
         loader.dataset.notes = self._notes  # type: ignore[attr-defined]
-        loader.timeout = min(LOOK, SLOWEST)
         before = set(multiprocessing.active_children())
         self._batches: Iterator[Any] | None = iter(loader)
         self._processes = set(multiprocessing.active_children()) - before
         self.batch: Any = None
+        self._hung, self._waits_since = "", math.inf
+        self._end = threading.Event()
         _deaths.install()
+        # A thread, for the main one may wait without end for what a process that hangs was about to send.
+        self._watch = threading.Thread(target=self._kill_what_hangs, daemon=True)
+        self._watch.start()
 
     def wait(self) -> str | None:
         """None when there is another `batch`, "" after the last, else how a process was lost."""
-        start = time.monotonic()
-        while True:
-            try:
-                self.batch = _deaths.next(self._batches)
-                return None
-            except StopIteration:
-                return ""
-            except RuntimeError as error:
-                text = str(error)
-                if not text.startswith("DataLoader "):  # the dataset's own
-                    raise
-            except (OSError, EOFError):  # a tensor that a process sent before it was gone
-                time.sleep(SETTLE)
-                text = ""
-                if not self._ended():
-                    raise
-            if not text.startswith("DataLoader timed out"):
-                return self._how_it_ended()
-            if images := self._slow():
-                return f"hung for {SLOWEST:g} s at {', '.join(images)}"
-            if time.monotonic() - start > SLOWEST and all(note.image == IDLE for note in self._notes):
-                return f"hung for {SLOWEST:g} s, at no image"
+        self._waits_since = time.monotonic()
+        try:
+            self.batch = _deaths.next(self._batches)
+            return None
+        except StopIteration:
+            return ""
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader "):  # the dataset's own
+                raise
+        except (OSError, EOFError):  # a tensor that a process sent before it was gone
+            time.sleep(SETTLE)
+            if not self._ended():
+                raise
+        finally:
+            self._waits_since = math.inf
+        return self._hung or self._how_it_ended()
 
-    def _slow(self) -> list[str]:
-        """The images that take too long."""
-        now = time.monotonic()
-        return [self._name(n.image) for n in self._notes if n.image != IDLE and now - n.since > SLOWEST]
+    def _kill_what_hangs(self) -> None:
+        while not self._end.wait(min(LOOK, SLOWEST / 2)):
+            now, notes = time.monotonic(), list(self._notes)
+            slow = [self._name(n.image) for n in notes if n.image != IDLE and now - n.since > SLOWEST]
+            latest = max(self._waits_since, *(n.since for n in notes))
+            idle = now - latest > SLOWEST and all(n.image == IDLE for n in notes)
+            if slow or idle:
+                self._hung = f"hung for {SLOWEST:g} s at {', '.join(slow) or 'no image'}"
+                self._kill()
+                return
 
     def _ended(self) -> list[Any]:
         return [process for process in self._processes if process.exitcode not in (None, 0)]
@@ -161,10 +168,15 @@ class Workers:
         return f"was ended by {', '.join(names) or 'the system'}{where}"
 
     def end(self) -> None:
-        """End the processes: one that hangs in a decoder does not listen to less than SIGKILL."""
-        for process in self._processes:
-            process.kill()
+        """End the processes, if they are not gone yet."""
+        self._end.set()
+        self._watch.join()
+        self._kill()
         self._batches = None
+
+    def _kill(self) -> None:
+        for process in self._processes:  # one that hangs in a decoder does not listen to less
+            process.kill()
 
 
 class Deaths:

@@ -111,7 +111,7 @@ def test_out_of_memory_says_in_one_line_what_keeps_the_images_of_a_step(cli, ima
 def test_out_of_memory_in_extract_and_evaluate_names_a_smaller_batch(cli, images, plain, monkeypatch, error):
     student = plain / "student_1.pt"
     monkeypatch.setattr("data2vec_vision.vit.MaskedVisionTransformer.encode", error)
-    for arguments in (["extract", student, images, "--output", "f.npz"], ["evaluate", student, images]):
+    for arguments in (["extract", student, images, "--output", "f.npz"], ["evaluate", student, images, "--k", 5]):
         code, _, err = cli(*arguments, "--batch-size", 32, "--workers", 0)
         assert code == 1 and len(err.splitlines()) == 1, err
         assert "the memory of cpu is not enough for batches of 32; try --batch-size 16" in err
