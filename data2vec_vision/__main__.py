@@ -1,7 +1,9 @@
 """The command line: one thin command per job. torch is imported inside the commands, not for `--help`."""
 
 import os
+import signal
 import sys
+import threading
 import traceback
 from typing import Any
 
@@ -58,7 +60,7 @@ def train_option(name: str) -> click.Option:
         )
     return click.Option(
         [flag(name)],
-        type=kind if field.default is not None else Auto(kind),
+        type=Auto(kind) if meta["auto"] and field.default is None else kind,
         default=field.default,
         metavar=meta["metavar"] or None,
         show_default=field.default is not None,
@@ -105,6 +107,8 @@ def train_command(ctx: click.Context, **values: Any) -> None:
     if values["workers"] != 0:
         # Before torch is imported: computing threads that spin while they wait take the cores from the workers.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if hasattr(signal, "SIGUSR1") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it asks to save, and before the first step there is nothing to
     if values["dry_run"]:
         from data2vec_vision.dry_run import dry_run as job
     else:
@@ -340,10 +344,16 @@ def debugged(arguments: list[str]) -> int:
 
 
 def ended(message: str, code: int) -> int:
-    """Print why the command ended, in one line. Of what all processes find at once, the first one tells."""
-    if code == 1 or os.environ.get("RANK", "0") == "0":
+    """Print why the command ended, in one line. Of several processes the first that fails tells."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or speaks():
         click.echo(f"Error: {message}" if code < 128 else message, err=True)
     return code
+
+
+def speaks() -> bool:
+    from data2vec_vision.distributed import speaks
+
+    return speaks()
 
 
 if __name__ == "__main__":

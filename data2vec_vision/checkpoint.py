@@ -89,8 +89,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def save(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
+    """Write a file of weights. Raises OSError when the disk does not take it."""
     with atomic_write(path) as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # by which torch hides what the disk said
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def encoder_content(encoder: MaskedVisionTransformer) -> dict[str, Any]:
@@ -149,14 +153,17 @@ def load_encoder(
     return encoder.eval(), content
 
 
-def read(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
-    """The content of a file that torch.save wrote. Raises InputError for any other, without running its code."""
+def read(path: str | os.PathLike[str], map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
+    """The content of a file that torch.save wrote. Raises InputError for any other, without running its code.
+
+    With `mmap` tensors are read when they are looked at.
+    """
     if not os.path.exists(path):
         raise InputError(f"there is no file {path}")
     if os.path.isdir(path):
         raise InputError(f"{path} is a folder; give one of the .pt files in it")
     try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
+        content = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path} is not a file of weights, or would run code when loaded; it was not loaded"
@@ -187,9 +194,18 @@ def save_training(folder: Path, epoch: int | None, content: dict[str, Any]) -> N
             save(kept, {"format": TRAINING, "version": VERSION, **content})
 
 
-def read_training(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of a training checkpoint, on the CPU. Raises InputError for any other file."""
-    content = read(path)
+def prune(folder: Path, keep: int) -> None:
+    """Remove each checkpoint_{epoch}.pt but the `keep` that were written last; encoders and checkpoint_last.pt stay."""
+    found = [path for path in folder.glob("checkpoint_*.pt") if path.stem.removeprefix("checkpoint_").isdecimal()]
+    # A run that was resumed from an early epoch writes earlier ones than lie there.
+    found.sort(key=lambda path: (path.stat().st_mtime_ns, int(path.stem.removeprefix("checkpoint_"))))
+    for path in found[:-keep]:
+        path.unlink()
+
+
+def read_training(path: str | os.PathLike[str], mmap: bool = False) -> dict[str, Any]:
+    """The content of a training checkpoint, on the CPU, see `read`. Raises InputError for any other file."""
+    content = read(path, mmap=mmap)
     if content.get("format") == STUDENT:
         raise InputError(f"{path} holds an encoder only and cannot continue a run; give a checkpoint_*.pt")
     if content.get("format") != TRAINING:

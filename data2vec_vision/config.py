@@ -78,9 +78,10 @@ class TrainConfig:
     seed: int = _optim(0, "Seed of everything random.", "[0, inf)")
 
     checkpoint_out_dir: str | None = _output(None, "Folder that the run writes to.", metavar="DIRECTORY", auto="runs/<input>-<method>")
-    resume_checkpoint: str | None = _output(None, "Continue the run that wrote this checkpoint, exactly.", metavar="FILE")
+    resume_checkpoint: str | None = _output(None, "Continue the run that wrote this checkpoint, exactly; auto: the newest in the output folder, if any.", metavar="FILE|auto")
     allow_changed_images: bool = _output(False, "Resume although images have changed.")
     save_every: int = _output(10, "Epochs between saved files; the last epoch is always saved.", "[1, inf)")
+    keep: int = _output(3, "Checkpoints of epochs that stay; encoders all do.", "[1, inf)")
     checkpoint_minutes: float = _output(10.0, "Minutes between rolling checkpoints.", "(0, inf)")
     log_every: int = _output(10, "Steps between lines of metrics.jsonl.", "[1, inf)")
     eval_path: str | None = _output(None, "Folder of class folders: log the kNN accuracy on it.", metavar="DIRECTORY")
@@ -296,7 +297,7 @@ class Facts:
     device: str  # its kind, without a number: each process of a run has its own
     native_bf16: bool  # whether the device multiplies bf16 matrices in hardware
     cores: int
-    processes: int = 1
+    local_processes: int = 1  # that share the cores
     flops: float = 0.0  # of the encoder's forward pass over one image
     compiler: bool = False  # whether there is one for torch.compile on the device
     steps: int | None = None  # of the run, where they are not those of its epochs
@@ -311,6 +312,11 @@ def name_of(inputs: Sequence[str]) -> str:
     path = path.resolve()
     name = (path.stem if path.is_file() else path.name) or "images"
     return name + (f"-and-{len(inputs) - 1}-more" if len(inputs) > 1 else "")
+
+
+def default_folder(inputs: Sequence[str], method: str) -> str:
+    """Where a run writes to when nobody says it."""
+    return str(Path("runs") / f"{name_of(inputs)}-{Path(method).stem}")
 
 
 def steps_per_epoch(config: TrainConfig, n_images: int) -> int:
@@ -376,12 +382,14 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, dict[str, s
     fast, why = ("bf16", "computes bf16 in hardware") if facts.native_bf16 else ("fp32", "has no fast bf16")
     fill("precision", fast, f"{facts.device} {why}")
     fill(
-        "workers", min(8, max(1, facts.cores // facts.processes - 1)) if facts.cores > 1 else 0, f"{facts.cores} cores"
+        "workers",
+        min(8, max(1, facts.cores // facts.local_processes - 1)) if facts.cores > 1 else 0,
+        f"{facts.cores} cores",
     )
     # The whole run's forward passes; a compiler takes a minute or two and then gains 5 to 22 % on a CPU.
     work = facts.flops * facts.n_images * config.epochs
     pays = facts.device == "cpu" and values.get("precision", config.precision) == "bf16" and facts.compiler
     long = work > LONG_WORK * facts.cores
     fill("compile", pays and long, "a long run on a CPU")
-    fill("checkpoint_out_dir", str(Path("runs") / f"{name_of(config.inputs)}-{Path(config.method).stem}"), "")
+    fill("checkpoint_out_dir", default_folder(config.inputs, config.method), "")
     return dataclasses.replace(config, **values), reasons

@@ -31,9 +31,30 @@ def find_device(name: str | None) -> torch.device:
     if device.index is not None and distributed.processes() > 1:
         raise InputError(f"--device {name} is one device, but each process has its own; use --device {device.type}")
     if device.type == "cuda":
-        device = torch.device("cuda", distributed.local_rank() if device.index is None else device.index)
+        device = torch.device("cuda", own_gpu() if device.index is None else device.index)
         torch.cuda.set_device(device)
     return device
+
+
+def own_gpu() -> int:
+    """The number of this process's GPU among those it sees: a launcher may show to each process its own only.
+
+    Raises InputError where there are fewer than processes.
+    """
+    count, number = torch.cuda.device_count(), distributed.local_rank()
+    if count > 1 and number >= count:
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        why = f" (CUDA_VISIBLE_DEVICES={seen})" if seen else ""
+        raise InputError(
+            f"{distributed.local_processes()} processes were started on {platform.node()}, which has {count} GPUs"
+            f"{why}; use --nproc-per-node {count}"
+        )
+    return number if count > 1 else 0
+
+
+def gpu_identity(device: torch.device) -> str:
+    """What tells a GPU from the others of its machine, however they are numbered; "" for a CPU."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 
 def devices() -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from data2vec_vision import distributed
+from data2vec_vision import distributed, resume
 from data2vec_vision.checkpoint import atomic_write
 from data2vec_vision.config import TrainConfig, not_default
 from data2vec_vision.data import Stream
@@ -31,6 +31,8 @@ def dry_run(config: TrainConfig, given: Mapping[str, Any] | None = None) -> Path
     if distributed.processes() > 1:
         raise InputError(f"a dry run takes one process: {PROGRAM} train ... --dry-run")
     typed = not_default(config) if given is None else given
+    if config.resume_checkpoint == resume.AUTO:
+        config, typed = resume.found(config, typed)
     job = restore(config, typed) if config.resume_checkpoint else prepare(config)
     folder = RunFolder(job.folder)
     if job.restored is None:

@@ -1,4 +1,4 @@
-"""The three ways a run can end early, each an exit code of the command line; and images that cannot be read."""
+"""The ways a run can end early, each an exit code of the command line; and images that cannot be read."""
 
 import warnings
 from collections.abc import Iterator
@@ -7,6 +7,10 @@ from contextlib import contextmanager
 
 class InputError(ValueError):
     """What the user gave cannot be used (exit code 2). The message says what to do instead."""
+
+
+class Finished(InputError):
+    """There is nothing left to do of a run that is to be continued."""
 
 
 class RunFailed(RuntimeError):

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from data2vec_vision.checkpoint import atomic_write, check_place, load_encoder, refuse_overwriting
 from data2vec_vision.device import device_name, find_device, versions
+from data2vec_vision.distributed import is_main
 from data2vec_vision.errors import InputError, RunFailed, Stopped, one_line
-from data2vec_vision.extract import ImageBatches, feature_function, image_loader, reading_processes
+from data2vec_vision.extract import ImageBatches, feature_function, fingerprint, image_loader, reading_processes
 from data2vec_vision.failures import said_with
 from data2vec_vision.features import (
     check_room,
@@ -34,6 +35,7 @@ from data2vec_vision.pictures import confusion_picture
 from data2vec_vision.probes import accuracy, few_shot, knn_classify
 from data2vec_vision.run import caught_signals, say
 from data2vec_vision.seeding import generator
+from data2vec_vision.shares import joined, refuse_unlike, shared
 from data2vec_vision.sources import open_source
 from data2vec_vision.split import Selected, labelled_images, refuse_few, stratified_split
 from data2vec_vision.transforms import ImageTransform
@@ -74,17 +76,58 @@ def evaluate(
     The labels of the images below `input_path` are their class folders, or the csv `labels`; the test images are
     those below `test_path`, or a stratified share `test_pct` of the others. Returns what the file `json` holds;
     `picture` is the confusion matrix; both are written beside the checkpoint by default. Without `floors` the
-    untrained encoder and raw pixels are left out. Raises InputError, RunFailed, and Stopped after a signal.
+    untrained encoder and raw pixels are left out. Other processes than the main one return nothing. Raises InputError,
+    RunFailed, and Stopped after a signal.
     """
     files = output_files(checkpoint, encoder, json, picture)
     for option, target in zip(("--json", "--picture"), files):
         refuse_overwriting(option, target, checkpoint, labels, input_path, test_path)
     where = find_device(device)
+    with joined():
+        return evaluate_all(
+            checkpoint,
+            input_path,
+            labels,
+            test_path,
+            test_pct,
+            seed,
+            k,
+            pool,
+            encoder,
+            batch_size,
+            workers,
+            where,
+            precision,
+            floors,
+            files,
+        )
+
+
+def evaluate_all(
+    checkpoint: str,
+    input_path: str,
+    labels: str | None,
+    test_path: str | None,
+    test_pct: float,
+    seed: int,
+    k: int,
+    pool: str | None,
+    encoder: str,
+    batch_size: int,
+    workers: int | None,
+    where: torch.device,
+    precision: str,
+    floors: bool,
+    files: tuple[Path, Path],
+) -> dict[str, Any]:
+    """`evaluate`, this process's share of it; the main process does everything that is done with the features."""
     model, content = load_encoder(checkpoint, "cpu", encoder)
     model.check_pool(pool or model.pool)
     refuse_broken(model, checkpoint)
     images = labelled_images(input_path, labels, test_path, test_pct, seed)
     refuse_few(images.train, k, input_path)
+    of_images = [part.images.fingerprint() for part in images.parts]
+    refuse_unlike([fingerprint(model, content["encoder"]), *of_images], "images and weights")
     protocol = {"split": images.split, **PROTOCOL, "kNN": PROTOCOL["kNN"].format(k=k)}
     encoders = {TRAINED: model}
     if floors:
@@ -98,10 +141,14 @@ def evaluate(
     with said_with(batch_size, reading_processes(workers), where), caught_signals() as signals:
         tick = partial(stop_if, signals)
         loaders = [
-            image_loader(part.images, model.transform, batch_size, workers, pin=where.type == "cuda")
+            image_loader(part.images, model.transform, batch_size, workers, where.type == "cuda", share=True)
             for part in images.parts
         ]
-        (features, bad), (test_features, bad_test) = (one_pass(loader, compute, tick) for loader in loaders)
+        (features, bad), (test_features, bad_test) = (
+            one_pass(loader, compute, shared(signals, tick)) for loader in loaders
+        )
+        if not is_main():
+            return {}
         train, test = images.train.without(bad), images.test.without(bad_test)
         refuse_not_finite(features[TRAINED], test_features[TRAINED], checkpoint)
         refuse_few(train, k, input_path)

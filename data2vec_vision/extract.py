@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data2vec_vision import distributed
 from data2vec_vision.checkpoint import TRAINING, atomic_write, check_place, load_encoder, refuse_overwriting
 from data2vec_vision.config import inputs_of
 from data2vec_vision.data import start_worker
@@ -24,11 +23,13 @@ from data2vec_vision.device import (
     make_ready,
     set_fused_attention,
 )
+from data2vec_vision.distributed import from_main, is_main, local_processes, processes, rank
 from data2vec_vision.errors import InputError, RunFailed, Stopped, Unreadable, one_line
 from data2vec_vision.failures import said_with
 from data2vec_vision.loading import LoadingFailed, lasting, reading, sendable
 from data2vec_vision.partial import Partial
 from data2vec_vision.run import caught_signals, plural, say
+from data2vec_vision.shares import in_order, joined, refuse_unlike, shared
 from data2vec_vision.sources import ImageFolder, open_source, opened_picture
 from data2vec_vision.transforms import ImageTransform
 from data2vec_vision.vit import Encoded, MaskedVisionTransformer, pooled
@@ -65,6 +66,24 @@ def extract(
     target = check_output(output, pool)
     refuse_overwriting("--output", target, checkpoint, *(inputs := inputs_of(input_path)))
     where = find_device(device)
+    with joined():
+        extract_all(checkpoint, inputs, target, pool, layer, encoder, batch_size, workers, where, precision, resume)
+
+
+def extract_all(
+    checkpoint: str,
+    inputs: Sequence[str],
+    target: Path,
+    pool: str | None,
+    layer: int | None,
+    encoder: str,
+    batch_size: int,
+    workers: int | None,
+    where: torch.device,
+    precision: str,
+    resume: bool,
+) -> None:
+    """`extract`, this process's share of it; the main process writes."""
     model, content = load_encoder(checkpoint, "cpu", encoder)
     pool = pool or model.pool
     if pool not in ("patch", "grid"):
@@ -87,18 +106,21 @@ def extract(
         "--device": where.type,
         **{f"--{name}": about[name] for name in ("pool", "layer", "precision")},
     }
+    refuse_unlike(settings, "images and weights")
     partial = Partial(target, row_shape(model, pool), settings)
     partial.check_room(len(source), FORMATS[target.suffix].room)
     if layer is not None:
         model.vit.blocks = model.vit.blocks[:layer]  # no need to compute what comes after it
-    reads = said_with(batch_size, reading_processes(workers), where)
     try:
-        with reads, partial.opened(resume), caught_signals() as signals:
+        started = partial.opened(resume) if is_main() else contextlib.nullcontext()
+        with said_with(batch_size, reading_processes(workers), where), caught_signals() as signals, started:
             compute = feature_function(model.to(where), where, pool, layer, precision)
             stop = stop_function(signals, partial, len(source))
-            pin, start = where.type == "cuda", partial.progress.images
-            loader = image_loader(source, model.transform, batch_size, workers, pin, start)
-            compute_rows(partial, compute, loader, len(source), stop)
+            pin, start = where.type == "cuda", from_main(lambda: partial.progress.images)
+            loader = image_loader(source, model.transform, batch_size, workers, pin, start, True)
+            compute_rows(partial, compute, loader, len(source), shared(signals, stop))
+            if not is_main():
+                return
             refuse_useless(partial, model, checkpoint, ", ".join(inputs))
             write_output(partial, source, about, stop)
     except RunFailed as error:
@@ -118,8 +140,6 @@ def check_output(output: str, pool: str | None = None) -> Path:
     target = Path(output)
     check_format(target, pool)
     check_place("--output", target)
-    if distributed.processes() > 1:
-        raise InputError("extract is one process, and several would write one file; start it without torchrun")
     return target
 
 
@@ -178,19 +198,22 @@ def collate(items: list[tuple[int, Tensor | str]]) -> tuple[Tensor | None, dict[
 
 
 class ImageBatches:
-    """Images from number `start` on, in order, in batches as `collate` makes them, though processes be lost."""
+    """Images in order, in batches as `collate` makes them, though processes that read them be lost."""
 
-    def __init__(self, dataset: Images, batch_size: int, workers: int, pin: bool, start: int):
-        self.dataset, self.batch_size, self.workers, self.pin, self.start = dataset, batch_size, workers, pin, start
+    def __init__(self, dataset: Images, batches: Sequence[range], workers: int, pin: bool):
+        self.dataset, self.batches, self.workers, self.pin = dataset, batches, workers, pin
+
+    def __len__(self) -> int:
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, dict[int, str]]]:
         return lasting(self._from_batch, self.dataset.source.name, say)
 
     def _from_batch(self, done: int) -> DataLoader:
+        left: Any = self.batches[done:]
         return DataLoader(
             self.dataset,
-            self.batch_size,
-            sampler=range(self.start + done * self.batch_size, len(self.dataset)),
+            batch_sampler=left,
             num_workers=self.workers,
             collate_fn=collate,
             pin_memory=self.pin,
@@ -206,14 +229,21 @@ def image_loader(
     workers: int | None,
     pin: bool = False,
     start: int = 0,
+    share: bool = False,
 ) -> ImageBatches:
-    """The batches of all images from number `start` on, read by so many processes, None: as many as pay."""
-    return ImageBatches(Images(source, transform), batch_size, reading_processes(workers), pin, start)
+    """The batches of all images from number `start` on, read by so many processes, None: as many as pay.
+
+    With `share` every n-th batch, n the number of processes, for shares.in_order.
+    """
+    count = len(source)
+    batches = [range(first, min(first + batch_size, count)) for first in range(start, count, batch_size)]
+    mine = batches[rank() :: processes()] if share else batches
+    return ImageBatches(Images(source, transform), mine, reading_processes(workers), pin)
 
 
 def reading_processes(workers: int | None) -> int:
     """How many processes read images, where `workers` are asked for."""
-    return max(0, min(8, cores() - 1)) if workers is None else workers
+    return max(0, min(8, cores() // local_processes() - 1)) if workers is None else workers
 
 
 def feature_function(
@@ -265,15 +295,15 @@ def compute_rows(
     compute: Callable[[Tensor], Tensor],
     loader: ImageBatches,
     total: int,
-    stop: Callable[[], None],
+    tick: Callable[[], None],
 ) -> None:
-    """Add the features of all readable images to `partial`, and the others with their reasons."""
+    """Add the features of all readable images to the main process's `partial`, and the others with their reasons."""
     none = torch.empty(0, *partial.shape).numpy()
-    done = partial.progress.images
-    with tqdm(total=total, initial=done, unit="image", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
-        for pixels, unreadable in loader:
-            stop()
-            partial.add(none if pixels is None else compute(pixels).numpy(), unreadable)
+    done, shown = partial.progress.images, is_main() and sys.stderr.isatty()
+    batches = ((none if pixels is None else compute(pixels).numpy(), unreadable) for pixels, unreadable in loader)
+    with tqdm(total=total, initial=done, unit="image", dynamic_ncols=True, disable=not shown) as bar:
+        for rows, unreadable in in_order(batches, len(loader), tick):
+            partial.add(rows, unreadable)
             bar.update(partial.progress.images - bar.n)
             if partial.progress.not_finite == partial.progress.rows >= ENOUGH:
                 return

@@ -14,11 +14,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from data2vec_vision import methods
+from data2vec_vision.distributed import is_main
 from data2vec_vision.errors import InputError, RunFailed, one_line
 from data2vec_vision.extract import ImageBatches
 from data2vec_vision.probes import chunks
 from data2vec_vision.run import size
 from data2vec_vision.seeding import seeded
+from data2vec_vision.shares import in_order
 from data2vec_vision.vit import MaskedVisionTransformer, build_vit
 
 PIXEL_SIDE = 32  # pixels, the most that an image's side has as raw pixels
@@ -62,18 +64,24 @@ def one_pass(
 ) -> tuple[dict[str, Tensor], dict[int, str]]:
     """Features of the readable images by each function of `compute`, [B, C, H, W] -> [B, D], and the bad files.
 
-    Returns [N, D] by name and, by index, why an image cannot be read. `tick` is called after every batch.
+    Returns [N, D] by name and, by index, why an image cannot be read; both are empty in other processes than the main
+    one, which gets what they compute of their batches. `tick` is called after every batch.
     """
     files, total = {name: FeatureFile() for name in compute}, len(loader.dataset)
     bad: dict[int, str] = {}
-    with tqdm(total=total, unit="image", dynamic_ncols=True, disable=not sys.stderr.isatty(), leave=False) as bar:
-        for pixels, unreadable in loader:
+    shown = is_main() and sys.stderr.isatty()
+    batches = (
+        ({} if pixels is None else {name: function(pixels) for name, function in compute.items()}, unreadable)
+        for pixels, unreadable in loader
+    )
+    with tqdm(total=total, unit="image", dynamic_ncols=True, disable=not shown, leave=False) as bar:
+        for computed, unreadable in in_order(batches, len(loader), tick):
             bad |= unreadable
-            if pixels is not None:
-                for name, function in compute.items():
-                    files[name].add(function(pixels))
-            bar.update(len(unreadable) + (0 if pixels is None else len(pixels)))
-            tick()
+            for name, rows in computed.items():
+                files[name].add(rows)
+            bar.update(len(unreadable) + max(map(len, computed.values()), default=0))
+    if not is_main():
+        return {}, {}
     if len(bad) == total:
         raise InputError(f"none of the {total:,} images can be read; the first: {next(iter(bad.values()))}")
     return {name: file.tensor() for name, file in files.items()}, bad

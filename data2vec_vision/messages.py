@@ -18,7 +18,7 @@ from data2vec_vision.errors import one_line
 from data2vec_vision.failures import of_reading, out_of_memory
 from data2vec_vision.plan import Job
 from data2vec_vision.recipes import compared, packed
-from data2vec_vision.run import BadFiles, command, duration, plural, size
+from data2vec_vision.run import BadFiles, command, duration, launched, plural, size
 from data2vec_vision.sources import ImageFolder, sizes_of_some
 from data2vec_vision.vit import forward_flops
 
@@ -141,7 +141,8 @@ def disk_needed(job: Job) -> int:
     everything = sum(t.numel() for t in job.method.state_dict().values())
     encoders = 1 if job.method.teacher is None else 2
     still = sum((e + 1) * job.steps_per_epoch > job.first_step for e in job.saved_epochs)
-    return 4 * (still * (encoders * encoder + everything + 2 * trained) + everything + 2 * trained)
+    checkpoints = 1 + min(still, job.config.keep)
+    return 4 * (still * encoders * encoder + checkpoints * (everything + 2 * trained))
 
 
 def disk_free(folder: Path) -> int:
@@ -153,7 +154,7 @@ def disk_free(folder: Path) -> int:
 def go_on(job: Job) -> str:
     """How to continue the run, as the end of a sentence."""
     last = job.folder / "checkpoint_last.pt"
-    return f"; continue with: {command('train', '--resume-checkpoint', last)}" if last.exists() else ""
+    return f"; continue with: {launched('train', '--resume-checkpoint', last)}" if last.exists() else ""
 
 
 def failure(error: Exception, job: Job, traceback: Path | None) -> str:

@@ -1,7 +1,8 @@
 """Everything before the first step: build a run or restore one, and say what it is going to do."""
 
+import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from data2vec_vision.device import (
     device_exists,
     find_device,
     fused_attention_pays,
+    gpu_identity,
     has_compiler,
     make_ready,
     multiplies_bf16,
@@ -32,7 +34,7 @@ from data2vec_vision.device import (
     set_grad_checkpointing,
     versions,
 )
-from data2vec_vision.errors import InputError
+from data2vec_vision.errors import Finished, InputError
 from data2vec_vision.knobs import knobs_from, option_defaults
 from data2vec_vision.methods.base import Method
 from data2vec_vision.normalization import Normalization, chosen
@@ -52,6 +54,7 @@ MAY_DIFFER = {
     "grad_checkpointing",
     "deterministic",
     "save_every",
+    "keep",
     "log_every",
     "checkpoint_minutes",
     "eval_path",
@@ -127,7 +130,7 @@ def prepare(config: TrainConfig, steps: int | None = None, transform: ImageTrans
             device=device.type,
             native_bf16=multiplies_bf16(device),
             cores=cores(),
-            processes=distributed.processes(),
+            local_processes=distributed.local_processes(),
             flops=forward_flops(vit.patch_embed.num_patches, vit.embed_dim, len(vit.blocks)),
             compiler=has_compiler(),
             steps=steps,
@@ -184,7 +187,8 @@ def restore(config: TrainConfig, given: Mapping[str, Any]) -> Job:
     another file, and for a folder whose images have changed.
     """
     path = config.resume_checkpoint
-    content = checkpoint.read_training(path)
+    # One reads it for all: who starts again need not share a disk with it, and a shared one shows new files late.
+    content = distributed.from_main(lambda: checkpoint.read_training(path))
     stored = TrainConfig(**from_json(content["config"], path))
     config = merged(stored, config, given, path)
     check(config)
@@ -199,7 +203,7 @@ def restore(config: TrainConfig, given: Mapping[str, Any]) -> Job:
     if total != schedule.total_steps:
         schedule = schedule.extended(step, total)
     if step >= schedule.total_steps:
-        raise InputError(f"the run in {path} is finished; add epochs with --epochs {2 * config.epochs}, for example")
+        raise Finished(f"the run in {path} is finished; add epochs with --epochs {2 * config.epochs}, for example")
     method_class = methods.find(config.method)
     vit, _ = build_encoder(config, method_class, weights=False)
     method = method_class(vit, **knobs_from(method_class.Config, config, config.method))
@@ -272,6 +276,47 @@ def refuse_changed_images(source: ImageFolder, content: Mapping[str, Any], confi
     what = f"{then:,} images then, {now:,} now" if then != now else f"its {now:,} images have other names"
     changed = f"{', '.join(config.inputs)} has changed since the checkpoint: {what}"
     raise InputError(f"{changed}; restore it, or go on with --allow-changed-images")
+
+
+def agree(job: Job) -> None:
+    """Raises InputError, in all processes, unless they are about to make one run: each has read the images itself.
+
+    Machines may differ, and a shared file system shows new files late.
+    """
+    config = {name: value for name, value in asdict(job.config).items() if name not in MAY_DIFFER}
+    transform = job.method.student.transform
+    config |= {"device": job.device.type, "normalize": f"mean {transform.mean}, deviation {transform.std}"}
+    mine: dict[str, Any] = {
+        "host": platform.node(),
+        "n_images": len(job.source),
+        "names": job.source.fingerprint(),
+        "place": ", ".join(job.config.inputs),
+        "config": config,
+        "gpu": gpu_identity(job.device),
+    }
+    first, *others = distributed.everyone(mine)
+    for number, other in enumerate(others, start=1):
+        who = f"process {number} on {other['host']}", f"process 0 on {first['host']}"
+        if (first["n_images"], first["names"]) != (other["n_images"], other["names"]):
+            what = f"{other['n_images']:,} images in {other['place']}"
+            what += f", {who[1]} {first['n_images']:,}" if other["n_images"] != first["n_images"] else ""
+            what += f" with other names than {who[1]}" if other["n_images"] == first["n_images"] else ""
+            raise InputError(
+                f"{who[0]} sees {what}; a shared file system shows new files late: "
+                "start again when all machines see the same"
+            )
+        for name, value in first["config"].items():
+            if other["config"][name] != value:
+                raise InputError(
+                    f"{flag(name)} is {value} in {who[1]} and {other['config'][name]} in {who[0]}; "
+                    "give all the same, or take machines that are alike"
+                )
+    gpus = [(m["host"], m["gpu"]) for m in (first, *others) if m["gpu"]]
+    if len(set(gpus)) < len(gpus):
+        host, gpu = next(g for g in gpus if gpus.count(g) > 1)
+        raise InputError(
+            f"{gpus.count((host, gpu))} processes have the same GPU of {host}; start one process for each GPU"
+        )
 
 
 def made_ready(job: Job) -> Job:

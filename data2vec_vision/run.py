@@ -37,6 +37,15 @@ def command(*words: object) -> str:
     return f"{PROGRAM} {shlex.join(str(word) for word in words)}"
 
 
+def launched(*words: object) -> str:
+    """A command of this tool for as many processes as this run has."""
+    here = distributed.local_processes()
+    if (nodes := distributed.processes() // here) == here == 1:
+        return command(*words)
+    machines = f"--nnodes {nodes} ... " if nodes > 1 else ""
+    return f"torchrun {machines}--nproc-per-node {here} -m data2vec_vision {shlex.join(str(word) for word in words)}"
+
+
 def say(text: str) -> None:
     """Print for the user, once however many processes there are."""
     if distributed.is_main():
@@ -243,7 +252,10 @@ class Progress:
 
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """Inside, SIGINT and SIGTERM are noted in the list; a second one acts at once. Other threads get no signals."""
+    """Inside, SIGINT and SIGTERM are noted in the list; a second SIGINT acts at once. Other threads get no signals.
+
+    A second SIGTERM does not: schedulers and torchrun send it again while a run saves, and have SIGKILL to insist.
+    """
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
@@ -251,7 +263,8 @@ def caught_signals() -> Iterator[list[int]]:
 
     def note(number: int, frame: Any) -> None:
         caught.append(number)
-        signal.signal(number, before[number])
+        if number == signal.SIGINT:
+            signal.signal(number, before[number])
 
     before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -261,6 +274,37 @@ def caught_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Asked:
+    """Whether something was asked for since it was last looked at."""
+
+    def __init__(self) -> None:
+        self.times = self._seen = 0
+
+    def taken(self) -> bool:
+        """Whether it was asked for; what comes later counts anew. A signal may come at any point of this."""
+        before, self._seen = self._seen, self.times
+        return self._seen > before
+
+
+@contextlib.contextmanager
+def asked_to_save() -> Iterator[Asked]:
+    """Inside, SIGUSR1 is noted and does not end the process, as it else would; Windows has none."""
+    asked = Asked()
+    number = getattr(signal, "SIGUSR1", None)
+    if number is None or threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def note(number: int, frame: Any) -> None:
+        asked.times += 1
+
+    before = signal.signal(number, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(number, before)
 
 
 def duration(seconds: float) -> str:

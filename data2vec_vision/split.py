@@ -3,6 +3,7 @@
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import BinaryIO
 
 import numpy as np
@@ -32,6 +33,9 @@ class Selected(ImageFolder):
 
     def open(self, index: int) -> BinaryIO:
         return self.source.open(int(self.indices[index]))
+
+    def fingerprint(self) -> str:
+        return blake2b(self.source.fingerprint().encode() + self.indices.tobytes(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import inspect
 import logging
 import math
 import signal
@@ -20,19 +21,29 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from data2vec_vision import checkpoint, distributed
+from data2vec_vision import checkpoint, distributed, resume
 from data2vec_vision.config import TrainConfig, not_default
 from data2vec_vision.data import Batch, MicroBatches, Stream, StreamDataset, make_loader
 from data2vec_vision.device import deterministic, fast_products, free_memory
-from data2vec_vision.errors import InputError, RunFailed, Stopped, one_line
+from data2vec_vision.errors import Finished, InputError, RunFailed, Stopped, one_line
 from data2vec_vision.loading import lasting
 from data2vec_vision.messages import describe, estimate, failure, farewell, go_on, slow_loading
 from data2vec_vision.methods.base import Output
 from data2vec_vision.monitor import WINDOW, health, health_sums, on_host
 from data2vec_vision.online import Onlooker
-from data2vec_vision.plan import Job, prepare, restore
+from data2vec_vision.plan import Job, agree, prepare, restore
 from data2vec_vision.ramcache import RamCache, fill, opened_whole, shareable
-from data2vec_vision.run import BadFiles, Progress, RunFolder, caught_signals, duration, plural, say, size
+from data2vec_vision.run import (
+    BadFiles,
+    Progress,
+    RunFolder,
+    asked_to_save,
+    caught_signals,
+    duration,
+    plural,
+    say,
+    size,
+)
 from data2vec_vision.seeding import generator, seed_device
 from data2vec_vision.skips import SkippedSteps
 
@@ -42,6 +53,10 @@ STEADY = 2 * ESTIMATE_AFTER  # steps after which the loader has got going
 SLOW_LOADING = 0.3  # share of the time spent waiting for images that is worth a word
 SKIPS_IN_A_ROW = 100  # so many steps without a finite gradient end the run
 NOTED = 16  # skipped steps between two lines of metrics.jsonl, the first ones, whose images are looked up
+LOST = (
+    "another process of the run has ended without a word: it was killed, for want of memory perhaps, or its machine is "
+    "gone; torchrun tells which one"
+)
 
 
 @dataclass
@@ -152,30 +167,56 @@ def train(config: TrainConfig, given: Mapping[str, Any] | None = None) -> Path:
     `given` are the settings that the user typed, by name, else those that are not the defaults: a resumed
     run checks them against its own.
     Raises InputError for input that cannot be used, RunFailed when the run cannot go on, and Stopped
-    after a signal, when the run's state is saved.
+    after a signal, when the run's state is saved. A run that `auto` finds finished is left as it is, which is said.
     """
     if config.dry_run:
         raise InputError("a dry run trains nothing; call data2vec_vision.dry_run.dry_run instead")
-    typed = not_default(config) if given is None else dict(given)
-    job = restore(config, typed) if config.resume_checkpoint else prepare(config)
-    folder = RunFolder(job.folder)
-    if job.restored is None:
-        folder.refuse_if_used()
-    say(describe(job))
-    folder.open(job.config, job.first_step)
+    typed = not_default(config) if given is None else given
+    with distributed.joined():
+        if config.resume_checkpoint != resume.AUTO:
+            return pretrain(config, typed)
+        try:
+            config, typed = resume.found(config, typed)
+            return pretrain(config, typed)
+        except Finished as finished:
+            say(f"Nothing is left to do: {finished}")
+            return Path(config.resume_checkpoint or "").parent
+
+
+def pretrain(config: TrainConfig, typed: Mapping[str, Any]) -> Path:
+    """`train`, when it is known which checkpoint is gone on with."""
+    job: Job | None = None
+    folder: RunFolder | None = None
     try:
-        with deterministic(config.deterministic), contextlib.closing(Onlooker(job, folder)) as onlooker:
-            distributed.start(job.device)
+        job = distributed.together(lambda: restore(config, typed) if config.resume_checkpoint else prepare(config))
+        agree(job)
+        folder = opened_folder(job)
+        onlooking = contextlib.closing(distributed.together(partial(Onlooker, job, folder)))
+        with deterministic(job.config.deterministic), onlooking as onlooker:
             watch(job, folder, onlooker)
     except (InputError, RunFailed, Stopped, KeyboardInterrupt):
         raise
     except Exception as error:
+        if distributed.is_loss(error):
+            raise RunFailed(LOST + (go_on(job) if job else "")) from error
+        if job is None or folder is None:
+            raise
         kept = folder.keep_traceback(traceback.format_exc())
         raise RunFailed(failure(error, job, kept) + go_on(job)) from error
     finally:
-        folder.close()
-        distributed.stop()
-    return folder.path
+        if folder is not None:
+            folder.close()
+    return job.folder
+
+
+def opened_folder(job: Job) -> RunFolder:
+    """The folder of the run, taken by the main process, after the plan was printed; all raise what that one does."""
+    folder = RunFolder(job.folder)
+    if job.restored is None:
+        distributed.from_main(folder.refuse_if_used)
+    say(describe(job))
+    distributed.together(partial(folder.open, job.config, job.first_step))
+    return folder
 
 
 def watch(job: Job, folder: RunFolder, onlooker: Onlooker) -> None:
@@ -187,7 +228,12 @@ def watch(job: Job, folder: RunFolder, onlooker: Onlooker) -> None:
     bad_files = BadFiles(job.source, folder.path, resumed=job.restored is not None)
     cache, told = filled_cache(job), False
     saved, estimate_at = time.monotonic(), job.first_step + ESTIMATE_AFTER
-    with caught_signals() as signals, contextlib.closing(progress):
+    with (
+        caught_signals() as signals,
+        asked_to_save() as asked,
+        distributed.patient(signals, lambda: LOST + go_on(job)),
+        contextlib.closing(progress),
+    ):
         for step in training_steps(job, optimizer, scaler, cache):
             left = progress.step(step.number)
             window.add(step)
@@ -210,16 +256,19 @@ def watch(job: Job, folder: RunFolder, onlooker: Onlooker) -> None:
             if job.method.phase != step.phase:  # the steps to come take another time, and mean something else
                 estimate_at = step.number + ESTIMATE_AFTER
                 window.drop_health()
-            stop = distributed.any_process(bool(signals))
-            due = distributed.any_process(time.monotonic() - saved > 60 * config.checkpoint_minutes)  # clocks differ
+            late = time.monotonic() - saved > 60 * config.checkpoint_minutes  # clocks differ
+            stop, due, wanted = distributed.any_process_each(bool(signals), late, asked.taken())
             epoch_to_save = epoch if epoch_ends and epoch in job.saved_epochs else None
-            if epoch_to_save is not None or stop or due:
+            if epoch_to_save is not None or stop or due or wanted:
                 save(job, optimizer, scaler, window, step.number, epoch_to_save)
                 saved = time.monotonic()
+            if wanted:
+                say(f"Saved after step {step.number:,}, as SIGUSR1 asks: {job.folder / 'checkpoint_last.pt'}")
             if epoch_to_save is not None:  # saved first: whatever happens to a picture, the epoch is safe
                 with window.paused():
                     onlooker.draw(step.number, epoch)
             if stop and step.number < total:
+                distributed.any_process(False)  # a process that left now would make torchrun end the one that writes
                 raise Stopped(
                     signals[0] if signals else signal.SIGTERM, f"Stopped after step {step.number:,}{go_on(job)}"
                 )
@@ -401,7 +450,10 @@ def compiled_and_parallel(job: Job) -> nn.Module:
     forward: nn.Module = Compiled(job.method) if job.config.compile else job.method
     if distributed.processes() > 1:
         index = None if job.device.type == "cpu" else [job.device.index]
-        forward = DistributedDataParallel(forward, index, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # Buffers are the same in all processes, by what the methods reduce. Newer versions of torch rename the keyword.
+        new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+        buffers: Any = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+        forward = DistributedDataParallel(forward, index, gradient_as_bucket_view=True, **buffers)
     return forward
 
 
@@ -481,6 +533,8 @@ def save(
                 **about,
             },
         )
+        if epoch is not None:
+            checkpoint.prune(folder, job.config.keep)
     except (OSError, RuntimeError) as error:
         raise RunFailed(f"cannot write to {folder}: {one_line(error)}; make room{go_on(job)}") from error
 

@@ -354,11 +354,6 @@ def test_what_cannot_be_used_is_refused(refused, cli, images, student):
     assert not Path("f.npz").exists()
 
 
-def test_several_processes_are_refused(refused, images, student, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "start it without torchrun" in refused("extract", student, images, "--output", "f.npz")
-
-
 def test_an_image_from_a_camera_held_sideways_has_the_same_features_in_python(cli, student):
     """`open_image` sees what `extract` sees: upright, and transparency over white."""
     Path("odd").mkdir()

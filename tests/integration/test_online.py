@@ -109,7 +109,7 @@ def test_a_resumed_run_writes_the_lines_that_it_would_have_written(cli, images, 
     from data2vec_vision import train as train_module
 
     monkeypatch.setattr(train_module, "WINDOW", 48)  # two epochs
-    options = [*QUIET, "--epochs", 6, "--save-every", 1, "--set", "pixel_pct=0", "--checkpoint-out-dir"]
+    options = [*QUIET, "--epochs", 6, "--save-every", 1, "--keep", 9, "--set", "pixel_pct=0", "--checkpoint-out-dir"]
     cli("train", images, *options, "whole")
     cli("train", images, *options, "part")
     for path in Path("part").glob("*_[3-5].pt"):

@@ -10,15 +10,16 @@ import torch
 from conftest import TINY, metrics
 
 from data2vec_vision import device, plan
+from data2vec_vision.config import TrainConfig
 from data2vec_vision.data import Stream
 from data2vec_vision.errors import InputError
 from data2vec_vision.sources import open_source
 
 
-def torchrun(count, *arguments):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+def torchrun(count, *arguments, launcher=()):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), *launcher]
     return subprocess.run(
-        [*launcher, "-m", "data2vec_vision", *map(str, arguments)],
+        [*command, "-m", "data2vec_vision", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -77,22 +78,32 @@ def test_a_line_that_spans_a_stop_of_two_processes_is_whole(images):
         "import os, signal\n"
         "from data2vec_vision.methods.data2vec import Data2Vec\n"
         "class Slow(Data2Vec):\n"
-        '    """Gets a SIGTERM in its ninth step."""\n'
-        "    calls = 0\n"
+        '    """Gets a SIGUSR1 in the second process and in both, and in its ninth step a SIGTERM in the first, twice."""\n'
+        "    calls, rank = 0, int(os.environ['RANK'])\n"
         "    def training_step(self, views, masks):\n"
         "        self.calls += 1\n"
-        "        if self.calls == 9 and not os.environ.get('CALM'):\n"
-        "            os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        if not os.environ.get('CALM'):\n"
+        "            if (self.calls, self.rank) in ((3, 1), (5, 0), (5, 1)):\n"
+        "                os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "            if (self.calls, self.rank) == (9, 0):\n"
+        "                os.kill(os.getpid(), signal.SIGTERM)\n"
+        "                os.kill(os.getpid(), signal.SIGTERM)\n"
         "        return super().training_step(views, masks)\n"
     )
-    torchrun(2, "train", images, *options, "--checkpoint-out-dir", "stopped")
+    options += ["--checkpoint-out-dir", "stopped", "--resume-checkpoint", "auto"]
+    run = torchrun(2, "train", images, *options)
+    assert [line for line in run.stdout.splitlines() if "SIGUSR1" in line] == [
+        f"Saved after step {step}, as SIGUSR1 asks: stopped/checkpoint_last.pt" for step in (3, 5)
+    ]
+    assert run.stderr.count("Stopped after step 9; continue with") == 1
     assert torch.load("stopped/checkpoint_last.pt", weights_only=True)["step"] == 9
     os.environ["CALM"] = "1"
     try:
-        run = torchrun(2, "train", "--resume-checkpoint", "stopped/checkpoint_last.pt")
+        run = torchrun(2, "train", images, *options)
     finally:
         del os.environ["CALM"]
     assert run.returncode == 0, run.stderr
+    assert run.stdout.count("The newest checkpoint in stopped is checkpoint_last.pt, of step 9;") == 1
     for one, two in zip(metrics("whole"), metrics("stopped"), strict=True):
         assert one["step"] == two["step"]
         for name in ("loss", "target_std", "prediction_std"):
@@ -118,3 +129,12 @@ def test_processes_whose_clocks_differ_save_together(images):
         == 0
     )
     assert [line["loss"] for line in metrics("two")] == [line["loss"] for line in metrics("calm")]
+
+
+def test_processes_of_one_machine_share_its_cores(images, monkeypatch):
+    """And not those of all machines."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(plan, "cores", lambda: 12)
+    job = plan.prepare(TrainConfig(input_path=str(images), image_size=16, patch_size=4, hidden_dim=32, batch_size=8))
+    assert job.config.workers == 5

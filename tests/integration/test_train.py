@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import time
 import traceback
@@ -56,6 +57,17 @@ def test_a_run_of_5_epochs_leaves_its_last_epoch_and_one_of_25_every_tenth(cli, 
         "checkpoint_9.pt",
         "checkpoint_last.pt",
     ]
+
+
+def test_the_checkpoints_written_last_stay_and_all_encoders(cli, images):
+    cli("train", images, *TINY, "--epochs", 5, "--save-every", 1, "--checkpoint-out-dir", "a")
+    kept = [f"checkpoint_{name}.pt" for name in (2, 3, 4, "last")]
+    assert files("a", "checkpoint_*") == kept and len(files("a", "student_*")) == len(files("a", "teacher_*")) == 5
+    # Of a run that goes back, later epochs lie there already.
+    shutil.copy("a/checkpoint_4.pt", "a/checkpoint_99.pt")
+    os.utime("a/checkpoint_99.pt", (1, 1))
+    assert cli("train", "--resume-checkpoint", "a/checkpoint_2.pt", "--keep", 1)[0] == 0
+    assert files("a", "checkpoint_*") == ["checkpoint_4.pt", "checkpoint_last.pt"] and len(files("a", "student_*")) == 5
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3])

@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import pickle
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data2vec_vision import distributed
 from data2vec_vision.distributed import BatchNorm
+from data2vec_vision.errors import InputError
 from data2vec_vision.methods.msn import MSN
 from data2vec_vision.methods.swav import SwAV
 from data2vec_vision.prototypes import mean_entropy_gap, prototype_use, sinkhorn
@@ -56,6 +59,38 @@ def two():
     yield call
     for process in processes:
         process.kill()
+
+
+def test_processes_that_start_again_do_not_read_what_those_before_them_wrote():
+    """Of torchrun's one store: with an old question in it, asked before or after the main process looks."""
+    store = dist.HashStore()
+    for main_first in (True, False, True):
+        with ThreadPoolExecutor() as threads:
+            order = [0, 1, 2] if main_first else [2, 1, 0]
+            parts = []
+            for number in order:
+                parts.append(threads.submit(distributed.of_this_start, store, number, 3))
+                time.sleep(0.05)
+            first, *others = [part.result(timeout=10) for part in parts]
+        assert not first.check(["address"])
+        first.set("address", "here")
+        assert all(other.get("address") == b"here" for other in others)
+
+
+def told_by_main():
+    """What the main process says in each process, and what each raises of its error."""
+
+    def refuse():
+        raise InputError(f"no, says {distributed.rank()}")
+
+    try:
+        return distributed.from_main(distributed.rank), distributed.from_main(refuse)
+    except InputError as error:
+        return distributed.from_main(distributed.rank), str(error)
+
+
+def test_the_main_process_decides_and_its_refusal_is_everybodys(two):
+    assert two(told_by_main) == [(0, "no, says 0")] * 2
 
 
 def own(rows):

@@ -10,6 +10,7 @@ GROUND = [
     "errors",
     "cpu",
     "distributed",
+    "shares",
     "seeding",
     "patches",
     "masking",
@@ -59,6 +60,7 @@ METHODS = ["methods.base", "methods.latent", *(f"methods.{name}" for name in MET
 JOBS = [
     "run",
     "failures",
+    "resume",
     "labels",
     "partial",
     "writers",

@@ -1,0 +1,88 @@
+"""`--resume-checkpoint auto`: a run goes on with its folder's newest checkpoint, or begins where there is none.
+
+The same command may so be given again and again, as a scheduler does. The main process chooses and tells the others:
+on a file system that machines share each may see another state of the folder for some seconds, and processes that
+chose by themselves could go on from different steps. It also reads the file for all (plan.restore).
+"""
+
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from data2vec_vision import checkpoint, distributed
+from data2vec_vision.config import TrainConfig, default_folder, read_config
+from data2vec_vision.errors import InputError
+from data2vec_vision.run import say
+
+AUTO = "auto"
+
+
+def found(config: TrainConfig, given: Mapping[str, Any]) -> tuple[TrainConfig, Mapping[str, Any]]:
+    """`config` with the newest checkpoint in place of auto, None for a fresh run, and the settings that it must not
+    contradict: those `given`, the typed ones, and where there is a --config, those of that file.
+
+    Raises InputError where it is not known which folder is meant.
+    """
+    if not (config.inputs or config.checkpoint_out_dir):
+        raise InputError("--resume-checkpoint auto looks in the output folder; give INPUT_PATH or --checkpoint-out-dir")
+    folder = Path(config.checkpoint_out_dir or default_folder(config.inputs, config.method))
+    path, step = distributed.from_main(lambda: newest(folder))
+    if path is None:
+        say(f"There is no checkpoint in {folder} to go on with; a fresh run begins.")
+        return replace(config, resume_checkpoint=None), given
+    say(f"The newest checkpoint in {folder} is {path.name}, of step {step:,}; the run goes on from there.")
+    if config.config:
+        path_of_config = config.config
+        given = distributed.from_main(lambda: read_config(path_of_config, given))
+    return replace(config, resume_checkpoint=str(path), config=None), given
+
+
+def newest(folder: Path) -> tuple[Path | None, int]:
+    """The checkpoint of the most steps, and their number; (None, 0) where there is none to go on with.
+
+    Damaged ones are passed over, each in a line; where nothing else is there, they get another name, out of the way.
+    """
+    steps, damaged = {}, []
+    for path in folder.glob("checkpoint_*.pt"):
+        if re.fullmatch(r"checkpoint_(last|\d+)\.pt", path.name):
+            try:
+                steps[path] = steps_of(path)
+            except InputError as error:
+                damaged.append(path)
+                say(f"note: passed over: {error}")
+    # Of the same step the rolling one, whose name the user knows from other messages.
+    for path in sorted(steps, key=lambda p: (steps[p], p.name), reverse=True):
+        if spoilt := first_spoilt(path):
+            damaged.append(path)
+            say(f"note: passed over: {path} is damaged: {spoilt} in it is not what was written")
+        else:
+            return path, steps[path]
+    for path in damaged:
+        aside = path.with_name(path.name + ".damaged")
+        try:
+            os.replace(path, aside)
+        except OSError as error:
+            raise InputError(f"cannot rename {path}, which is damaged: {error.strerror}; remove it") from error
+        say(f"note: {path} is now {aside.name}")
+    return None, 0
+
+
+def steps_of(path: Path) -> int:
+    """How many steps a training checkpoint has done; its tensors are not read. Raises InputError for another file."""
+    step = checkpoint.read_training(path, mmap=True)["step"]
+    if not isinstance(step, int):
+        raise InputError(f"{path} is damaged: its step is {step!r}")
+    return step
+
+
+def first_spoilt(path: Path) -> str | None:
+    """The first part of the file whose checksum is another than when it was written, None where all are right."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # what torch.save writes
+            return archive.testzip()
+    except (OSError, zipfile.BadZipFile) as error:
+        return str(error)
