@@ -96,6 +96,7 @@ class TrainConfig:
     precision: str = _machine("auto", "Of the forward pass; weights are fp32.", choices=("auto", "bf16", "fp16", "fp32"), auto="from the device")
     compile: bool | None = _machine(None, "Compile the method with torch.compile.", auto="long runs in bf16 on a CPU")
     grad_checkpointing: bool = _machine(False, "Recompute activations in the backward pass: less memory, slower.")
+    deterministic: bool = _machine(False, "On a GPU too, the same command gives the same bits; slower.")
     workers: int | None = _machine(None, "Processes that read images; 0: none beside the main one.", "[0, inf)", auto="from the cores")
     cache: str = _machine("none", "Keep images decoded in memory, if they fit.", choices=("none", "ram"))
     debug: bool = _machine(False, "Show the traceback of an error.")

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data2vec_vision import methods
 from data2vec_vision.distributed import is_main
 from data2vec_vision.errors import InputError, RunFailed, one_line
+from data2vec_vision.extract import ImageBatches
 from data2vec_vision.probes import chunks
 from data2vec_vision.run import size
 from data2vec_vision.seeding import seeded
@@ -60,14 +60,14 @@ def check_room(count: int, model: MaskedVisionTransformer, floors: bool) -> None
 
 
 def one_pass(
-    loader: DataLoader, compute: Mapping[str, Callable[[Tensor], Tensor]], tick: Callable[[], None]
+    loader: ImageBatches, compute: Mapping[str, Callable[[Tensor], Tensor]], tick: Callable[[], None]
 ) -> tuple[dict[str, Tensor], dict[int, str]]:
     """Features of the readable images by each function of `compute`, [B, C, H, W] -> [B, D], and the bad files.
 
     Returns [N, D] by name and, by index, why an image cannot be read; both are empty in other processes than the main
     one, which gets what they compute of their batches. `tick` is called after every batch.
     """
-    files, total = {name: FeatureFile() for name in compute}, len(loader.dataset)  # type: ignore[arg-type]
+    files, total = {name: FeatureFile() for name in compute}, len(loader.dataset)
     bad: dict[int, str] = {}
     shown = is_main() and sys.stderr.isatty()
     batches = (

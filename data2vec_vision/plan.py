@@ -52,6 +52,7 @@ MAY_DIFFER = {
     "workers",
     "compile",
     "grad_checkpointing",
+    "deterministic",
     "save_every",
     "keep",
     "log_every",
@@ -321,7 +322,9 @@ def agree(job: Job) -> None:
 def made_ready(job: Job) -> Job:
     """The job, made ready for its device. Raises InputError for what only shows when everything is known."""
     make_ready(job.device)
-    set_fused_attention(job.method, fused_attention_pays(job.device, job.config.precision))
+    # The backward pass of fused attention adds up in whatever order a GPU's blocks end.
+    exact = job.config.deterministic and job.device.type != "cpu"
+    set_fused_attention(job.method, fused_attention_pays(job.device, job.config.precision) and not exact)
     set_grad_checkpointing(job.method, job.config.grad_checkpointing)
     if job.device.type == "mps" and job.config.grad_checkpointing and job.config.dropout:
         raise InputError("--grad-checkpointing cannot draw the same dropout again on mps; leave one of them out")

@@ -121,7 +121,7 @@ class RunFolder:
         with atomic_write(self.path / "config.json") as file:
             file.write(to_json(config).encode())
         metrics = self.path / "metrics.jsonl"
-        kept = [line for line in complete_lines(metrics) if _step(line) <= step]
+        kept = [line for line in complete_lines(metrics) if step_of(line) <= step]
         with atomic_write(metrics) as file:
             file.write("".join(line + "\n" for line in kept).encode("utf-8", "surrogateescape"))
         self.lines = [json.loads(line) for line in kept if '"feature_std"' in line or '"knn"' in line]
@@ -160,8 +160,8 @@ def complete_lines(path: Path) -> list[str]:
     return lines
 
 
-def _step(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite for a line that a failing disk has spoilt."""
+def step_of(line: str) -> float:
+    """The step of a line of a .jsonl file; infinite for a line that a failing disk has spoilt."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):

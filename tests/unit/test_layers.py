@@ -48,6 +48,7 @@ MODELS_AND_DATA = [
     "sources",
     "normalization",
     "survey",
+    "loading",
     "data",
     "ramcache",
     "checkpoint",
@@ -58,6 +59,7 @@ SAMPLES = ["samples", "samples.make"]
 METHODS = ["methods.base", "methods.latent", *(f"methods.{name}" for name in METHOD_NAMES), "methods"]
 JOBS = [
     "run",
+    "failures",
     "resume",
     "labels",
     "partial",
@@ -70,6 +72,7 @@ JOBS = [
     "findings",
     "evaluate",
     "plan",
+    "skips",
     "figures",
     "messages",
     "loggers",
