@@ -49,6 +49,8 @@ MODELS_AND_DATA = [
     "survey",
     "data",
     "ramcache",
+    "untrusted",
+    "contents",
     "checkpoint",
     "pictures",
 ]
