@@ -1,12 +1,11 @@
 """What is in the files of this tool, and whether a file has it: names, types, and numbers that can be."""
 
 import os
-import reprlib
 from typing import Any
 
 from torch import Tensor
 
-from data2vec_vision.errors import InputError
+from data2vec_vision.errors import InputError, brief
 from data2vec_vision.untrusted import check_sums
 
 STUDENT, TRAINING = "data2vec_vision.student", "data2vec_vision.training"
@@ -49,7 +48,7 @@ def check_types(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
     """Raises InputError unless the parts of a file of ours are of the types that they are written with."""
     for name, kind in TYPES.items():
         if name in content and (not isinstance(content[name], kind) or isinstance(content[name], bool)):
-            shown = reprlib.repr(content[name])
+            shown = brief(content[name])
             raise InputError(f"{path} is damaged: its {name} is a {type(content[name]).__name__}, {shown}")
 
 
@@ -59,10 +58,10 @@ def check_progress(path: str | os.PathLike[str], content: dict[str, Any]) -> Non
     pairs = [pair for pair in segments if isinstance(pair, tuple | list) and len(pair) == 2]
     whole = all(type(number) is int and 0 <= number < LARGEST for pair in pairs for number in pair)
     if not segments or len(pairs) < len(segments) or not whole or any(total < 1 for _, total in pairs):
-        raise InputError(f"{path} is damaged: its segments are {reprlib.repr(segments)}")
+        raise InputError(f"{path} is damaged: its segments are {brief(segments)}")
     for name in ("step", "n_images", "skipped"):
         if not 0 <= content[name] < LARGEST:
-            raise InputError(f"{path} is damaged: its {name} is {reprlib.repr(content[name])}")
+            raise InputError(f"{path} is damaged: its {name} is {brief(content[name])}")
     numbers = [window.get("in_a_row"), window.get("used"), window.get("health_steps", 0)]
     sums = [window.get("sums"), window.get("health", {})]
     tensors = [tensor for part in sums if isinstance(part, dict) for tensor in part.values()]
@@ -71,7 +70,7 @@ def check_progress(path: str | os.PathLike[str], content: dict[str, Any]) -> Non
         and all(isinstance(part, dict) for part in sums)
         and all(isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in tensors)
     ):
-        raise InputError(f"{path} is damaged: its window is {reprlib.repr(window)}")
+        raise InputError(f"{path} is damaged: its window is {brief(window)}")
 
 
 def format_of(content: dict[str, Any]) -> str | None:

@@ -1,5 +1,6 @@
 """The three ways a run can end early, each an exit code of the command line; and images that cannot be read."""
 
+import reprlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,6 +64,13 @@ def why_unreadable(error: Exception) -> str:
     if isinstance(error, OSError):  # the system's, whose text repeats the path, or Pillow's own
         return error.strerror or one_line(error).removeprefix("OSError: ").removeprefix("UnidentifiedImageError: ")
     return one_line(error)
+
+
+def brief(value: object) -> str:
+    """A value out of somebody's file as a short text; lists in lists may be longer than any memory when written out."""
+    short = reprlib.Repr()
+    short.maxlevel = 2
+    return " ".join(short.repr(value).split())[:100]
 
 
 def one_line(error: BaseException) -> str:

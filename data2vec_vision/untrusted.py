@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from data2vec_vision.errors import InputError, one_line
+from data2vec_vision.errors import InputError, brief, one_line
 from data2vec_vision.vit import MaskedVisionTransformer, build_vit
 
 ZIP = b"PK\x03\x04"  # how a file of torch.save begins; those of torch before 1.6 are no zip
@@ -129,7 +129,7 @@ def check_description(described: Mapping[str, Any], weights: Mapping[str, Tensor
     if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items()):
         raise ValueError("its weights are no tensors with names")
     if int(arguments.get("depth", 0)) > len(weights):
-        raise ValueError(f"it says that it has {arguments['depth']} blocks, of {len(weights)} weights")
+        raise ValueError(f"it says that it has {brief(arguments['depth'])} blocks, of {len(weights)} weights")
     with torch.device("meta"):
         twin = MaskedVisionTransformer(build_vit(described["model"], **arguments)).vit
     check_shapes(twin, weights)
@@ -143,5 +143,7 @@ def check_shapes(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     if others := [name for name in weights if name not in expected]:
         raise ValueError(f"{others[0]} does not belong to it")
     for name, tensor in expected.items():
+        if not isinstance(weights[name], Tensor):
+            raise ValueError(f"{name} is {brief(weights[name])}, no tensor")
         if tensor.shape != weights[name].shape:
             raise ValueError(f"{name} is {list(weights[name].shape)}, and should be {list(tensor.shape)}")

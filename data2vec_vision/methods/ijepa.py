@@ -87,12 +87,12 @@ class IJEPA(MeanOfBlocks):
         target_output: Literal["ffn", "last"] = knob(
             "ffn", "what of the teacher is predicted: the mean of all feed-forward outputs, or its last", paper="last"
         )
-        n_targets: int = knob(4, "target blocks an image", "[1, inf)", "4")
+        n_targets: int = knob(4, "target blocks an image", "[1, 1000]", "4")
         context_ratio: float = knob(0.25, "share of the patches in the context", "(0, 1)", "about 0.25, by its batches")
         official_sampler: bool = knob(False, "sample blocks as the published code does, biases included", paper="true")
         predictor_dim: int | None = knob(None, "width of the predictor; none: half the encoder's", "[4, inf)", "384")
         predictor_depth: int | None = knob(
-            None, "blocks of the predictor; none: half the encoder's", "[1, inf)", "6 to 16"
+            None, "blocks of the predictor; none: half the encoder's", "[1, 1000]", "6 to 16"
         )
         beta: float = knob(1.0, "error at which smooth L1 turns from square to straight", "[0, inf)", "1", "beta")
         tau_initial: float = knob(0.996, "the teacher's EMA factor at the start", "[0, 1]", "0.996", "tau_initial")
