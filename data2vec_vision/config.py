@@ -17,6 +17,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from data2vec_vision.errors import InputError, brief
 
+MANY = 1000  # from which on the end of a range is there against mistakes only
 LARGEST = 10**18  # of a number; more is a mistake
 LARGEST_FILE = 2**26  # bytes of a config.json, which may name very many inputs
 
@@ -177,7 +178,9 @@ def check_interval(name: str, value: float, within: str) -> None:
     if above and below:
         return
     hint = f"; use {value / 100:g} for {value:g} %" if high == 1 and 1 < value <= 100 else ""
-    if math.isinf(high):
+    if above and high >= MANY:
+        allowed = f"at most {high:,.0f}"
+    elif high >= MANY:
         allowed = f"{'more than' if within[0] == '(' else 'at least'} {low:g}"
     else:
         ends = {"()": ", both excluded", "[)": f", {high:g} excluded", "(]": f", {low:g} excluded", "[]": ""}

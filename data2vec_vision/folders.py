@@ -250,11 +250,26 @@ def _visible(here: bytes, seen: set[tuple[int, int]]) -> Iterator[bytes]:
         with os.scandir(here) as entries:
             for entry in entries:
                 if not entry.name.startswith(b".") and not _is_special(entry):
-                    yield entry.name + b"/" if entry.is_dir() else entry.name
+                    yield entry.name + b"/" if _is_folder(entry) else entry.name
     except OSError as error:
         raise InputError(f"cannot look into the folder {os.fsdecode(here)}: {error.strerror}") from error
 
 
 def _is_special(entry: os.DirEntry[bytes]) -> bool:
     """Whether this is a pipe, a socket or a device, which could be waited for without end."""
-    return not entry.is_dir() and not entry.is_file() and os.path.exists(entry.path)
+    return not _is_folder(entry) and not _is_file(entry) and os.path.exists(entry.path)
+
+
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+    """Whether this is a folder or a link to one; a link that leads to itself is neither, and no reason to stop."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _is_file(entry: os.DirEntry[bytes]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:
+        return False

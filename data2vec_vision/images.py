@@ -38,7 +38,8 @@ HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"
 
 # Of formats whose extras may be missing: their files are images, and unreadable ones then.
 MORE_SUFFIXES = {".npy", ".tif", ".tiff", ".dcm", ".dicom", ".heic", ".heif", ".hif"}
-# Formats that Pillow recognises without being able to decode them by itself, and EPS, a program to be run.
+# Formats that Pillow recognises without being able to decode them by itself, and EPS, a program, for which it would
+# start Ghostscript, whatever the name of the file.
 UNDECODABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
@@ -53,8 +54,9 @@ def image_suffixes() -> frozenset[str]:
 
 def opened(file: BinaryIO) -> Image.Image:
     """An image file with its header read. Raises UnidentifiedImageError for one that Pillow cannot make out."""
+    Image.init()  # all formats are known then
     try:
-        return Image.open(file)
+        return Image.open(file, formats=[name for name in Image.ID if name not in UNDECODABLE])
     except UnidentifiedImageError as error:
         why = "of no format that Pillow reads" if file.seek(0, os.SEEK_END) else "it is empty"
         raise UnidentifiedImageError(f"cannot identify image file: {why}") from error

@@ -27,6 +27,7 @@ except ImportError:  # Windows has no flock
     fcntl = None
 
 PROGRAM = "python -m data2vec_vision"
+ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})  # of names in bad_files.txt
 BAD_SHARE = 0.1  # a run fails when more than this share of the images cannot be read
 WARM_UP_STEPS = 3  # left out of the pace: the first steps allocate, compile, fill the loader
 LINE_SECONDS = 10  # at most one plain line in so many seconds
@@ -179,7 +180,7 @@ class BadFiles:
         """Raises RunFailed when more than BAD_SHARE of all images have turned out unreadable."""
         for index, reason in bad.items():
             self._met.add(index)
-            name = self.source.name(index).replace("\t", " ").replace("\n", " ")
+            name = self.source.name(index).translate(ESCAPES)
             if name in self._listed:
                 continue
             self._listed.add(name)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
@@ -169,8 +170,9 @@ class IJEPA(MeanOfBlocks):
         c, draw, (rows, columns) = self.config, self.masks(), self.student.grid
         generators = [(Generator().manual_seed(seed), Generator().manual_seed(seed)) for seed in range(20)]
         if c.official_sampler:
-            for pair in generators:
-                draw(*pair)
+            with torch.device("cpu"):  # also where the method is built without memory
+                for pair in generators:
+                    draw(*pair)
         elif self.n_context > largest_context(self.student.grid) or (
             c.n_targets > 1 and all((q == q[0]).all() for q in (draw(*pair)["query"] for pair in generators))
         ):  # all targets at one place is the last resort of the sampler

@@ -217,10 +217,10 @@ BIG = 10**400
 CHECKPOINTS = {
     "code": (training(window=Bomb()), "would run code when loaded"),
     "width": (training(config__hidden_dim=16_384, config__n_heads=2), "of another shape"),
-    "width beyond all": (training(config__hidden_dim=10**6), "must be between 1 and 65536"),
+    "width beyond all": (training(config__hidden_dim=10**6), "must be at most 65,536"),
     "blocks": (training(config__n_encoders=1000), "of another shape"),
-    "blocks beyond all": (training(config__n_encoders=10**6), "must be between 1 and 1000"),
-    "image size": (training(config__image_size=10**9), "must be between 1 and 65536"),
+    "blocks beyond all": (training(config__n_encoders=10**6), "must be at most 1,000"),
+    "image size": (training(config__image_size=10**9), "must be at most 65,536"),
     "image size that is allowed": (training(config__image_size=65_536), "of another shape"),
     "epochs of 400 digits": (training(config__epochs=BIG), "must be a finite number"),
     "rate that is not a number": (training(config__max_lr=float("nan")), "must be a finite number"),
