@@ -1,5 +1,7 @@
 """The three ways a run can end early, each an exit code of the command line; and images that cannot be read."""
 
+import functools
+import logging
 import reprlib
 import warnings
 from collections.abc import Iterator
@@ -40,6 +42,12 @@ class MissingExtra(Unreadable):
 
     def __init__(self, extra: str):
         super().__init__(f"needs pip install 'data2vec_vision[{extra}]'")
+
+
+@functools.cache
+def quiet(library: str) -> None:
+    """Keeps what a library logs of damaged files off the terminal; whoever configures logging still gets it."""
+    logging.getLogger(library).addHandler(logging.NullHandler())
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, resize, resize_i
 from data2vec_vision import tiff
 from data2vec_vision.arrays import ArrayPicture, Box, GreyPicture, within
 from data2vec_vision.dicom import MARK, dicom_raster
-from data2vec_vision.errors import MissingExtra, OtherChannels, explained
+from data2vec_vision.errors import MissingExtra, OtherChannels, explained, quiet
 from data2vec_vision.modes import is_8_bit, pillow_raster
 from data2vec_vision.rasters import NUMPY, numpy_raster
 
@@ -54,6 +54,7 @@ def image_suffixes() -> frozenset[str]:
 
 def opened(file: BinaryIO) -> Image.Image:
     """An image file with its header read. Raises UnidentifiedImageError for one that Pillow cannot make out."""
+    quiet("PIL")
     Image.init()  # all formats are known then
     try:
         return Image.open(file, formats=[name for name in Image.ID if name not in UNDECODABLE])

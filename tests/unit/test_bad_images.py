@@ -220,7 +220,7 @@ BAD = [
     Kind("2000000000 x 1.png", png(2_000_000_000, 1, 8, 2, b""), reason="too many|decompression bomb"),
     Kind("65535 x 65535.gif", b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + b";", reason="."),
     Kind("30000 x 30000.bmp", bmp(24, b"", 30_000, width=30_000), reason="exceeds limit"),
-    Kind("30000 x 30000.tif", saved(Image.new("1", (30_000, 30_000)), "TIFF", compression="group4"), reason="exceeds limit|one piece"),
+    Kind("30000 x 30000.tif", saved(Image.new("1", (30_000, 30_000)), "TIFF", compression="group4"), reason="exceeds limit|one piece|allocate"),
     Kind("0 x 0.png", png(0, 0, 8, 2, b""), reason="."),
     Kind("-1 high.bmp", bmp(24, b"", -1, width=-(2**31)), reason="."),
     Kind("text that is inflated.png", png(W, H, 8, 2, SCREEN, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**28)))), reason="[Tt]oo large"),
@@ -264,7 +264,7 @@ def test_each_is_read_right_or_said(kind, bounded_memory):
             picture = Picture.of(io.BytesIO(kind.data))
             if way == "image":
                 found = picture.image()
-            elif way == "pixels":
+            elif way == "pixels" and isinstance(picture, Picture):
                 found = Image.fromarray(picture.pixels().permute(1, 2, 0).numpy())
             else:
                 picture.crops([(0, 0, min(picture.size[1], 4), min(picture.size[0], 4))], [(4, 4)])
