@@ -7,9 +7,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# A name may hold line breaks, and what a terminal takes for commands; whoever reads it should see them.
+ESCAPES = {n: repr(chr(n))[1:-1] for n in (*range(32), 127)}
+
 
 class InputError(ValueError):
-    """What the user gave cannot be used (exit code 2). The message says what to do instead."""
+    """What the user gave cannot be used (exit code 2). The message, one line, says what to do instead."""
+
+    def __init__(self, message: str):
+        super().__init__(message.translate(ESCAPES))
 
 
 class RunFailed(RuntimeError):

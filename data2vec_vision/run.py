@@ -18,7 +18,7 @@ from tqdm import tqdm
 from data2vec_vision import distributed
 from data2vec_vision.checkpoint import atomic_write
 from data2vec_vision.config import TrainConfig, to_json
-from data2vec_vision.errors import InputError, RunFailed
+from data2vec_vision.errors import ESCAPES, InputError, RunFailed
 from data2vec_vision.sources import ImageFolder
 
 try:
@@ -27,7 +27,6 @@ except ImportError:  # Windows has no flock
     fcntl = None
 
 PROGRAM = "python -m data2vec_vision"
-ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})  # of names in bad_files.txt
 BAD_SHARE = 0.1  # a run fails when more than this share of the images cannot be read
 WARM_UP_STEPS = 3  # left out of the pace: the first steps allocate, compile, fill the loader
 LINE_SECONDS = 10  # at most one plain line in so many seconds
