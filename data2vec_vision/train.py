@@ -395,8 +395,14 @@ def optimizer_and_scaler(job: Job) -> tuple[torch.optim.Optimizer, torch.amp.Gra
     optimizer = torch.optim.AdamW(groups, lr=job.config.max_lr, betas=job.method.betas, fused=True)
     scaler = torch.amp.GradScaler(job.device.type, enabled=job.config.precision == "fp16")
     if job.restored is not None:
-        optimizer.load_state_dict(job.restored["optimizer"])
-        scaler.load_state_dict(job.restored["scaler"])
+        try:
+            optimizer.load_state_dict(job.restored["optimizer"])
+            for weight, moments in optimizer.state.items():
+                if any(t.shape not in (weight.shape, ()) for t in moments.values()):
+                    raise ValueError(f"moments of a weight {list(weight.shape)} are of another shape")
+            scaler.load_state_dict(job.restored["scaler"])
+        except Exception as error:  # of what anybody may have written into it
+            raise InputError(f"{job.config.resume_checkpoint} is damaged: its optimizer: {one_line(error)}") from error
     return optimizer, scaler
 
 

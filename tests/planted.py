@@ -1139,7 +1139,7 @@ DEFECTS = [
      "tests/integration/test_train.py::test_the_checkpoints_written_last_stay_and_all_encoders"),
     ("auto takes the checkpoint by its name", "resume.py", "key=lambda p: (steps[p], p.name)", "key=lambda p: p.name",
      UNIT + "newest.py::test_the_most_steps_count_and_not_names_or_times"),
-    ("auto takes a checkpoint with a flipped bit", "resume.py", "return archive.testzip()", "return None",
+    ("auto takes a checkpoint with a flipped bit", "untrusted.py", "damaged = archive.testzip()", "damaged = None",
      UNIT + "newest.py::test_damaged_files_are_passed_over_with_a_line_each"),
     ("auto overwrites damaged checkpoints", "resume.py", "os.replace(path, aside)", "os.remove(path)",
      UNIT + "newest.py::test_where_all_are_damaged_they_are_put_aside_and_not_overwritten"),
