@@ -145,7 +145,10 @@ class RunFolder:
     def close(self) -> None:
         for file in (self._metrics, self._lock):
             if file is not None:
-                file.close()
+                with contextlib.suppress(
+                    OSError
+                ):  # of a line that did not fit on the disk, which was said when it was written
+                    file.close()
 
 
 def _next_name(path: Path) -> Path:

@@ -26,6 +26,7 @@ from data2vec_vision.config import TrainConfig, not_default
 from data2vec_vision.data import Batch, MicroBatches, Stream, StreamDataset, make_loader
 from data2vec_vision.device import deterministic, fast_products, free_memory
 from data2vec_vision.errors import Finished, InputError, RunFailed, Stopped, one_line
+from data2vec_vision.failures import of_writing
 from data2vec_vision.loading import lasting
 from data2vec_vision.messages import describe, estimate, failure, farewell, go_on, slow_loading
 from data2vec_vision.methods.base import Output
@@ -541,8 +542,8 @@ def save(
         )
         if epoch is not None:
             checkpoint.prune(folder, job.config.keep)
-    except (OSError, RuntimeError) as error:
-        raise RunFailed(f"cannot write to {folder}: {one_line(error)}; make room{go_on(job)}") from error
+    except OSError as error:
+        raise RunFailed(of_writing(error, folder) + go_on(job)) from error
 
 
 def first_not_finite(method: nn.Module, optimizer: torch.optim.Optimizer) -> str:

@@ -1,10 +1,11 @@
 """A disk that takes no more, in earnest: one line, earlier files as they were, and a run that goes on after room is made."""
 
+import errno
 import os
 import resource
 import shutil
 import subprocess
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,10 @@ def largest_file(size):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of a megabyte, where the system lets us mount one."""
+    """A file system of four megabytes, where the system lets us mount one."""
     place = tmp_path / "disk"
     place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
     yield place
     subprocess.run(["umount", "-l", place], check=True)
@@ -78,11 +79,10 @@ def whole(cli, images):
 def test_a_limit_of_file_sizes(cli, images, whole, monkeypatch):
     size = os.path.getsize("whole/checkpoint_last.pt") // 2
     before = {}
-    with monkeypatch.context() as patch:
-        at_save(2, lambda: (before.update(content("run")), limit.__enter__()), patch)
-        limit = largest_file(size)
-        line = failed(cli("train", images, *RUN, "run"), "File too large", "ulimit -f", "--resume-checkpoint")
-    limit.__exit__(None, None, None)
+    with monkeypatch.context() as patch, ExitStack() as limits:
+        at_save(2, lambda: (before.update(content("run")), limits.enter_context(largest_file(size))), patch)
+        result = cli("train", images, *RUN, "run")
+    line = failed(result, "File too large", "ulimit -f", "--resume-checkpoint")
     assert before.items() <= content("run").items() and "inline_container" not in line
     goes_on(cli, "run")
 
@@ -104,15 +104,20 @@ def test_a_full_disk(cli, images, whole, small_disk, monkeypatch):
     goes_on(cli, small_disk / "run")
 
 
-def test_a_disk_that_becomes_read_only(cli, images, whole, small_disk, monkeypatch):
-    def remount(how):
-        subprocess.run(["mount", "-o", f"remount,{how}", small_disk], check=True)
+def test_a_disk_that_becomes_read_only(cli, images, whole, monkeypatch):
+    """As the system says it; a disk that is in use cannot be made so for a test."""
+    opened = open
+
+    def refusing(path, mode="r", *args, **options):
+        if Path(path).parent.name == "run" and "w" in mode:
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return opened(path, mode, *args, **options)
 
     with monkeypatch.context() as patch:
-        at_save(2, lambda: remount("ro"), patch)
-        failed(cli("train", images, *RUN, small_disk / "run"), "Read-only file system", "--resume-checkpoint")
-    remount("rw")
-    goes_on(cli, small_disk / "run")
+        at_save(2, lambda: patch.setattr("builtins.open", refusing), patch)
+        result = cli("train", images, *RUN, "run")
+    failed(result, "Read-only file system; make it writable", "--resume-checkpoint")
+    goes_on(cli, "run")
 
 
 def test_a_folder_that_goes_away(cli, images, whole, monkeypatch):
