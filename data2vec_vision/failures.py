@@ -13,10 +13,10 @@ from data2vec_vision.loading import LoadingFailed
 # What torch says, beside errors with a type of their own: a CPU's allocator, a GPU's libraries, Apple's.
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "_ALLOC_FAILED", "MemoryError")
 IN_A_WORKER = "in DataLoader worker process"
+ROOM, WRITABLE, BACK = "make room there", "make it writable", "the folder is gone, bring it back"
 REMEDIES = {  # for what a disk says
-    errno.ENOSPC: "make room there", errno.EDQUOT: "make room there",
-    errno.EFBIG: "raise the limit of file sizes (ulimit -f)", errno.EROFS: "make it writable", errno.EACCES: "make it writable", errno.EPERM: "make it writable",
-    errno.ENOENT: "the folder is gone, bring it back", errno.ESTALE: "the folder is gone, bring it back",
+    errno.ENOSPC: ROOM, errno.EDQUOT: ROOM, errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
+    errno.EROFS: WRITABLE, errno.EACCES: WRITABLE, errno.EPERM: WRITABLE, errno.ENOENT: BACK, errno.ESTALE: BACK,
 }  # fmt: skip
 
 

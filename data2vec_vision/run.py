@@ -145,9 +145,8 @@ class RunFolder:
     def close(self) -> None:
         for file in (self._metrics, self._lock):
             if file is not None:
-                with contextlib.suppress(
-                    OSError
-                ):  # of a line that did not fit on the disk, which was said when it was written
+                # A line that did not fit on the disk is tried once more; it was said when it was written.
+                with contextlib.suppress(OSError):
                     file.close()
 
 

@@ -1211,6 +1211,10 @@ DEFECTS = [
      RUN + "faults.py::test_weights_that_are_not_finite_do_not_replace_the_last_good_checkpoint"),
     ("memory: the advice has other images a step", "messages.py", "config.grad_accum * factor}", "config.grad_accum}",
      RUN + "faults.py::test_out_of_memory_says_in_one_line_what_keeps_the_images_of_a_step"),
+    ("a full disk is told in torch's words", "checkpoint.py", "error.__context__ if isinstance(error.__context__, OSError) else error", "error",
+     RUN + "disk.py::test_a_limit_of_file_sizes"),
+    ("a line that did not fit on the disk hides the reason", "run.py", "with contextlib.suppress(OSError):\n                    file.close()", "file.close()",
+     RUN + "disk.py::test_no_room_for_a_line_of_metrics"),
 ]  # fmt: skip
 
 
