@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from data2vec_vision.config import GROUPS, TrainConfig, field_type, fields, flag, read_config
-from data2vec_vision.errors import Elsewhere, InputError, RunFailed, Stopped
+from data2vec_vision.errors import InputError, RunFailed, Stopped
 
 
 class Auto(click.ParamType):
@@ -321,8 +321,6 @@ def main(arguments: list[str] | None = None) -> int:
         return debugged(arguments) or ended(str(error), 2)
     except RunFailed as error:
         return debugged(arguments) or ended(str(error), 1)
-    except Elsewhere:
-        return debugged(arguments) or 1
     except Stopped as stop:
         return ended(str(stop), stop.exit_code)
     except (KeyboardInterrupt, click.Abort):

@@ -89,8 +89,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def save(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
+    """Write a file of weights. Raises OSError when the disk does not take it."""
     with atomic_write(path) as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # by which torch hides what the disk said
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def encoder_content(encoder: MaskedVisionTransformer) -> dict[str, Any]:

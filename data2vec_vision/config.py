@@ -296,7 +296,7 @@ class Facts:
     device: str  # its kind, without a number: each process of a run has its own
     native_bf16: bool  # whether the device multiplies bf16 matrices in hardware
     cores: int
-    processes: int = 1
+    local_processes: int = 1  # that share the cores
     flops: float = 0.0  # of the encoder's forward pass over one image
     compiler: bool = False  # whether there is one for torch.compile on the device
     steps: int | None = None  # of the run, where they are not those of its epochs
@@ -381,7 +381,9 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, dict[str, s
     fast, why = ("bf16", "computes bf16 in hardware") if facts.native_bf16 else ("fp32", "has no fast bf16")
     fill("precision", fast, f"{facts.device} {why}")
     fill(
-        "workers", min(8, max(1, facts.cores // facts.processes - 1)) if facts.cores > 1 else 0, f"{facts.cores} cores"
+        "workers",
+        min(8, max(1, facts.cores // facts.local_processes - 1)) if facts.cores > 1 else 0,
+        f"{facts.cores} cores",
     )
     # The whole run's forward passes; a compiler takes a minute or two and then gains 5 to 22 % on a CPU.
     work = facts.flops * facts.n_images * config.epochs

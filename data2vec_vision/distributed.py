@@ -75,16 +75,13 @@ def joined() -> Iterator[None]:
             stop()
 
 
-def start(store: dist.Store | None = None) -> bool:
-    """Join the other processes: gloo for what lies on the CPU, nccl for what lies on a GPU. Returns whether it did.
-
-    They find each other by the `store`, a new one by default.
-    """
+def start() -> bool:
+    """Join the other processes: gloo for what lies on the CPU, nccl for what lies on a GPU. Returns whether it did."""
     global _store, _speaks
     if processes() == 1 or dist.is_initialized():
         return False
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    _store, _speaks = store or new_store(), None
+    _store, _speaks = new_store(), None
     dist.init_process_group(backend, store=_store, rank=rank(), world_size=processes(), timeout=WAIT)
     return True
 
@@ -120,6 +117,15 @@ def of_this_start(store: dist.Store, number: int, count: int) -> dist.Store:
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def wait_for_all() -> None:
+    """Wait, once a start, until every process is here, however long that takes; torchrun ends who waits for one that is
+    gone."""
+    if _store is not None:
+        _store.add("here", 1)
+        while _store.add("here", 0) < processes():
+            time.sleep(0.1)
 
 
 def speaks() -> bool:

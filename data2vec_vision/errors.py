@@ -25,10 +25,6 @@ class Stopped(Exception):
         self.exit_code = 128 + signal_number
 
 
-class Elsewhere(Exception):
-    """Another process has failed and tells why (exit code 1, without a word)."""
-
-
 class Unreadable(Exception):
     """An image that cannot be read; the text says why, in one line."""
 

@@ -5,7 +5,6 @@ Batches are those of one process, so that on the CPU what is computed of them ha
 
 import contextlib
 import signal
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -13,39 +12,21 @@ import torch
 import torch.distributed as dist
 
 from data2vec_vision import distributed
-from data2vec_vision.errors import Elsewhere, InputError, RunFailed, Stopped
+from data2vec_vision.errors import InputError, Stopped
 
 T = TypeVar("T")
-POLL = 0.1  # seconds between two looks at whether all are done
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Inside, the processes work together; they leave together, so that torchrun ends none while it writes.
-
-    Of processes that fail, because of each other as a rule, only the first raises its error, the others Elsewhere.
-    """
-    if distributed.processes() == 1 or dist.is_initialized():
-        yield
-        return
-    notes = distributed.new_store()  # where processes that cannot reach each other any more still learn of each other
-    distributed.start(notes)
-    try:
-        yield
-    except (Stopped, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        me = str(distributed.rank()).encode()
-        if notes.compare_set("failed", "", me.decode()) != me:
-            raise Elsewhere from error
-        if isinstance(error, InputError) and not distributed.is_main():  # which only the main process would print
-            raise RunFailed(str(error)) from error
-        raise
-    finally:
-        notes.add("done", 1)
-        while notes.add("done", 0) < distributed.processes() and not notes.check(["failed"]):
-            time.sleep(POLL)
-        distributed.stop()
+    """Inside, the processes work together; they leave together, so that torchrun ends none while it writes."""
+    with distributed.joined():
+        try:
+            yield
+        except Stopped:
+            distributed.wait_for_all()
+            raise
+        distributed.wait_for_all()
 
 
 def in_order(items: Iterable[T], count: int, tick: Callable[[], None]) -> Iterator[T]:

@@ -1191,6 +1191,8 @@ DEFECTS = [
      RUN + "shared_jobs.py::test_two_processes_write_what_one_writes_and_stop_and_fail_together"),
     ("each process takes all batches", "extract.py", "batches[rank() :: processes()] if share else batches", "batches",
      RUN + "shared_jobs.py::test_two_processes_write_what_one_writes_and_stop_and_fail_together"),
+    ("processes of other machines take a share of the cores", "plan.py", "local_processes=distributed.local_processes()", "local_processes=distributed.processes()",
+     RUN + "processes.py::test_processes_of_one_machine_share_its_cores"),
 ]  # fmt: skip
 
 

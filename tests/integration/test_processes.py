@@ -10,6 +10,7 @@ import torch
 from conftest import TINY, metrics
 
 from data2vec_vision import device, plan
+from data2vec_vision.config import TrainConfig
 from data2vec_vision.data import Stream
 from data2vec_vision.errors import InputError
 from data2vec_vision.sources import open_source
@@ -128,3 +129,12 @@ def test_processes_whose_clocks_differ_save_together(images):
         == 0
     )
     assert [line["loss"] for line in metrics("two")] == [line["loss"] for line in metrics("calm")]
+
+
+def test_processes_of_one_machine_share_its_cores(images, monkeypatch):
+    """And not those of all machines."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(plan, "cores", lambda: 12)
+    job = plan.prepare(TrainConfig(input_path=str(images), image_size=16, patch_size=4, hidden_dim=32, batch_size=8))
+    assert job.config.workers == 5

@@ -18,9 +18,11 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,21 +126,29 @@ def run_and_kill(kind: Kind, folder: Path, seconds: float, chance: random.Random
 
 def look_at(kind: Kind, folder: Path) -> None:
     """Note files that cannot be read, and how many steps have to be done again."""
-    saved = [0]
-    for path in folder.glob("*.pt"):
-        try:
-            saved.append(torch.load(path, weights_only=True)["step"])
-        except Exception as error:
-            kind.unreadable.append(f"{path}: {error}")
-    for name in ("config.json", "metrics.jsonl"):
-        try:
-            text = (folder / name).read_text() if (folder / name).exists() else ""
-            whole = text[: text.rfind("\n") + 1].splitlines() if name.endswith("l") else [text] if text else []
-            found = [json.loads(line) for line in whole]
-        except ValueError as error:
-            kind.unreadable.append(f"{folder / name}: {error}")
-            found = []
-    kind.recomputed = max([kind.recomputed, *(line["step"] - max(saved) for line in found)])
+    saved = max([0, *(readable(kind, path, step_of, 0) for path in folder.glob("*.pt"))])
+    readable(kind, folder / "config.json", lambda path: json.loads(path.read_text()), None)
+    logged = readable(kind, folder / "metrics.jsonl", last_step, 0)
+    kind.recomputed = max(kind.recomputed, logged - saved)
+
+
+def readable(kind: Kind, path: Path, read: Callable[[Path], Any], otherwise: Any) -> Any:
+    """What `read` makes of a file; `otherwise` where it is not there, or, which is noted, cannot be read."""
+    try:
+        return read(path) if path.exists() else otherwise
+    except Exception as error:
+        kind.unreadable.append(f"{path}: {error}")
+        return otherwise
+
+
+def step_of(path: Path) -> int:
+    return torch.load(path, weights_only=True)["step"]
+
+
+def last_step(path: Path) -> int:
+    """Of metrics.jsonl, whose last line may be torn."""
+    *lines, _ = path.read_text().split("\n")
+    return max([0, *(json.loads(line)["step"] for line in lines)])
 
 
 def result(folder: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
