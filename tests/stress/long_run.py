@@ -20,9 +20,8 @@ from multiprocessing import active_children
 from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from conftest import write_images
+import numpy as np
+from PIL import Image
 
 from data2vec_vision import train
 from data2vec_vision.config import TrainConfig
@@ -43,6 +42,15 @@ class Sample:
     threads: int
     log: float  # bytes of metrics.jsonl a step
     checkpoints: int  # written so far
+
+
+def write_images(folder: Path) -> Path:
+    """24 images of noise, of which four a step make six steps an epoch."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for number in range(24):
+        Image.fromarray(random.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(folder / f"{number:02}.png")
+    return folder
 
 
 def resident(pid: int) -> int:

@@ -21,11 +21,8 @@ from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
-from conftest import write_images
-from long_run import silence
+from long_run import silence, write_images
 
 from data2vec_vision import loading, train
 from data2vec_vision.config import TrainConfig
