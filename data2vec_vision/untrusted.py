@@ -85,8 +85,11 @@ def refuse_compressed(path: str | os.PathLike[str]) -> None:
 
 def check_sums(path: str | os.PathLike[str]) -> None:
     """Raises InputError for a file of ours in which a byte is not as it was written; torch does not look."""
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # damaged archives make the library raise nearly anything
+        raise InputError(f"{path} is damaged: {one_line(error)}; copy it again, or take an earlier file") from error
     if damaged:
         raise InputError(
             f"{path} is damaged: the checksum of {damaged} differs; copy it again, or take an earlier file"
