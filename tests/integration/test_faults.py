@@ -123,7 +123,7 @@ def test_shared_memory_that_is_full_names_workers(cli, images, monkeypatch):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
-    code, _, err = cli("train", images, *TINY, *TWO_WORKERS)
+    code, _, err = cli("train", images, *TINY, *TWO_WORKERS, "--epochs", 1)
     assert code == 1 and len(err.splitlines()) == 1
     assert "/dev/shm, through which 2 processes send images, is full; try --workers 1" in err
 
