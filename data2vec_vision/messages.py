@@ -15,7 +15,7 @@ from data2vec_vision import distributed, shards
 from data2vec_vision.config import flag
 from data2vec_vision.device import cores, device_name, free_memory
 from data2vec_vision.errors import one_line
-from data2vec_vision.failures import of_reading, out_of_memory
+from data2vec_vision.failures import of_reading, of_writing, out_of_memory
 from data2vec_vision.plan import Job
 from data2vec_vision.recipes import compared, packed
 from data2vec_vision.run import BadFiles, command, duration, launched, plural, size
@@ -165,7 +165,7 @@ def failure(error: Exception, job: Job, traceback: Path | None) -> str:
     if out_of_memory(error):
         return f"the memory of {job.device} is not enough for batches of {config.batch_size}; try {smaller_passes(job)}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
-        return f"cannot write to {job.folder}: {error.strerror}; make room there"
+        return of_writing(error, job.folder)
     if config.deterministic and "deterministic" in text:
         return f"--deterministic is not to be had here: {one_line(error)}; try --no-deterministic"
     if config.compile and type(error).__module__.startswith("torch._"):

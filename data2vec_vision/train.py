@@ -26,6 +26,7 @@ from data2vec_vision.config import TrainConfig, not_default
 from data2vec_vision.data import Batch, MicroBatches, Stream, StreamDataset, make_loader
 from data2vec_vision.device import deterministic, fast_products, free_memory
 from data2vec_vision.errors import Finished, InputError, RunFailed, Stopped, one_line
+from data2vec_vision.failures import of_writing
 from data2vec_vision.loading import lasting
 from data2vec_vision.messages import describe, estimate, failure, farewell, go_on, slow_loading
 from data2vec_vision.methods.base import Output
@@ -395,8 +396,14 @@ def optimizer_and_scaler(job: Job) -> tuple[torch.optim.Optimizer, torch.amp.Gra
     optimizer = torch.optim.AdamW(groups, lr=job.config.max_lr, betas=job.method.betas, fused=True)
     scaler = torch.amp.GradScaler(job.device.type, enabled=job.config.precision == "fp16")
     if job.restored is not None:
-        optimizer.load_state_dict(job.restored["optimizer"])
-        scaler.load_state_dict(job.restored["scaler"])
+        try:
+            optimizer.load_state_dict(job.restored["optimizer"])
+            for weight, moments in optimizer.state.items():
+                if any(t.shape not in (weight.shape, ()) for t in moments.values()):
+                    raise ValueError(f"moments of a weight {list(weight.shape)} are of another shape")
+            scaler.load_state_dict(job.restored["scaler"])
+        except Exception as error:  # of what anybody may have written into it
+            raise InputError(f"{job.config.resume_checkpoint} is damaged: its optimizer: {one_line(error)}") from error
     return optimizer, scaler
 
 
@@ -535,8 +542,8 @@ def save(
         )
         if epoch is not None:
             checkpoint.prune(folder, job.config.keep)
-    except (OSError, RuntimeError) as error:
-        raise RunFailed(f"cannot write to {folder}: {one_line(error)}; make room{go_on(job)}") from error
+    except OSError as error:
+        raise RunFailed(of_writing(error, folder) + go_on(job)) from error
 
 
 def first_not_finite(method: nn.Module, optimizer: torch.optim.Optimizer) -> str:

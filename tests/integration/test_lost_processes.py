@@ -157,7 +157,8 @@ def test_what_one_process_finds_ends_all_with_one_line(two, folder, spoil, more,
 def test_a_folder_that_holds_a_run_is_seen_by_the_main_process_for_all(two, folder):
     (folder / "used").mkdir()
     (folder / "used/student_1.pt").touch()
-    (kind, text, _), (other_kind, other_text, _) = two(outcome, small(folder, "used"))
+    there = configuration_in(small(folder, "used"), "used")  # which the second process does not see
+    (kind, text, _), (other_kind, other_text, _) = two(outcome, there, elsewhere)
     assert kind == other_kind == "InputError" and "holds a run already" in text == other_text
 
 

@@ -51,6 +51,8 @@ MODELS_AND_DATA = [
     "loading",
     "data",
     "ramcache",
+    "untrusted",
+    "contents",
     "checkpoint",
     "pictures",
 ]
