@@ -1199,7 +1199,7 @@ DEFECTS = [
      UNIT + "loading.py::test_a_death_is_noticed_where_a_batch_is_waited_for_and_nowhere_else"),
     ("loading: what hangs is waited for", "loading.py", "if slow or idle:", "if False:",
      UNIT + "loading.py::test_one_that_hangs_once_is_killed_and_changes_nothing"),
-    ("loading: a batch is put into shared memory where errors are lost", "data.py", "sendable(torch.stack(views))", "torch.stack(views)",
+    ("loading: a batch is put into shared memory where errors are lost", "loading.py", "else tensor.share_memory_()", "else tensor",
      RUN + "faults.py::test_shared_memory_that_is_full_names_workers"),
     ("skips: fp16 looks at elements and not at the norm", "train.py", "    optimizer.step()\n", "    scaler.step(optimizer)\n",
      UNIT + "skips.py::test_a_gradient_or_a_norm_that_is_not_finite_changes_nothing"),
