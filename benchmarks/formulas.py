@@ -20,6 +20,7 @@ from data2vec_vision.methods.mae import MAE
 from data2vec_vision.methods.msn import MSN
 from data2vec_vision.methods.swav import SwAV
 from data2vec_vision.monitor import WINDOW
+from data2vec_vision.train import NOTED
 from data2vec_vision.transforms import local_crop_size
 
 SINKHORN_ITERATIONS = 3
@@ -187,8 +188,8 @@ def steps(method: Method, batch: int, grad_accum: int, processes: int) -> dict[s
 
 
 def log(n_logged: int) -> Sent:
-    """Of a line of metrics.jsonl: a mean for each figure that the method logs and three counts."""
-    return Sent(1, FP32 * (n_logged + 3))
+    """Of a line of metrics.jsonl: a mean for each figure that the method logs, three counts, skipped steps and why."""
+    return Sent(1, FP32 * (n_logged + 3 + 2 * NOTED))
 
 
 def verdict(method: Method) -> Sent:

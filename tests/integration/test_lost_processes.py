@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, metrics
-from processes import Together
+from several import Together
 from test_processes import torchrun
 from test_same_run import configuration, configuration_in
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, metrics
-from processes import forked
+from several import forked
 
 from data2vec_vision import device, plan
 from data2vec_vision.config import TrainConfig

@@ -11,7 +11,7 @@ import signal
 import pytest
 import torch
 import torch.distributed as dist
-from processes import Together
+from several import Together
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from data2vec_vision import train as loop

@@ -3,9 +3,11 @@
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -56,7 +58,12 @@ def forked(count, *arguments):
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
+    killers = [threading.Timer(SECONDS, os.kill, (child, signal.SIGKILL)) for child in children]
+    for killer in killers:  # of processes that wait for each other without end
+        killer.start()
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    for killer in killers:
+        killer.cancel()
     out, err = ("".join(paths[number].read_text() for paths in logs) for number in (0, 1))
     return subprocess.CompletedProcess(arguments, max(codes, key=abs), out, err)
 
