@@ -44,7 +44,7 @@ def train_option(name: str) -> click.Option:
     field, kind = fields()[name], field_type(name)
     meta = field.metadata
     help = meta["help"] + (f"  [auto: {meta['auto']}]" if meta["auto"] else "")
-    if name in ("compile", "grad_checkpointing"):  # a resumed run may turn it off
+    if name in ("compile", "grad_checkpointing", "deterministic"):  # a resumed run may turn it off
         return click.Option([f"{flag(name)}/--no-{flag(name)[2:]}"], default=field.default, help=help)
     if kind is bool:
         return click.Option([flag(name)], is_flag=True, help=help)

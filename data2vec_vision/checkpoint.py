@@ -1,13 +1,13 @@
 """Files: students that anyone can load, training checkpoints that continue a run, writes that cannot tear.
 
-Everything loads with `torch.load(weights_only=True)`, so a file that would run code is refused, and
+A file that would run code, or take more memory than it has bytes, is refused (see untrusted.py), and
 every write goes to a temporary file that is flushed to the disk and then renamed, so that a killed run
 leaves either the old file or the new one.
 """
 
 import math
 import os
-import pickle
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,24 +15,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
+from data2vec_vision.contents import STUDENT, TRAINING, VERSION, check_content, format_of
 from data2vec_vision.errors import InputError, one_line
 from data2vec_vision.transforms import ImageTransform
+from data2vec_vision.untrusted import check_description, read, read_safetensors
 from data2vec_vision.vit import MaskedVisionTransformer, architecture, build_vit
-
-STUDENT, TRAINING = "data2vec_vision.student", "data2vec_vision.training"
-VERSION = 1
-_ENCODER = ("encoder", "state_dict", "mask_token", "transform", "pool")
-CONTENT: dict[str, tuple[str, ...]] = {  # what a file of each format cannot do without
-    STUDENT: ("version", "method", *_ENCODER),
-    TRAINING: ("version", "method", "config", "step", "segments", "method_state", "encoders", "optimizer", "scaler",
-               "skipped", "window", "n_images", "fingerprint", "environment"),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -124,8 +115,8 @@ def load_encoder(
 
     `which` chooses the student or the teacher of a training file. Raises InputError for any other file.
     """
-    content = read(path, map_location)
-    if content.get("format") not in CONTENT:
+    content = read(path)
+    if format_of(content) is None:
         raise InputError(f"{path} is no file of this tool; give a student_*.pt, teacher_*.pt or checkpoint_*.pt")
     check_content(path, content)
     if content["format"] == TRAINING:
@@ -136,6 +127,7 @@ def load_encoder(
         raise InputError(f"{path} holds one encoder; --encoder {which} is for a checkpoint_*.pt, leave it out")
     try:
         described = content["encoder"]
+        check_description(described, content["state_dict"])
         encoder = MaskedVisionTransformer(
             build_vit(described["model"], **described["arguments"]), mask_token=content["mask_token"] is not None
         ).to(map_location)
@@ -143,36 +135,16 @@ def load_encoder(
         if encoder.mask_token is not None:
             encoder.mask_token.data.copy_(content["mask_token"])
         encoder.transform = ImageTransform.from_dict(content["transform"])
+        check_transform(encoder)
         encoder.pool = content["pool"]
-    except InputError:
-        raise
-    except RuntimeError as error:
+        encoder.check_pool(encoder.pool)
+    except InputError as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    except (RuntimeError, ValueError) as error:
         raise InputError(f"the weights in {path} do not fit its own description: {one_line(error)}") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # of what anybody may have written into it
         raise InputError(f"{path} is damaged: {one_line(error)}") from error
     return encoder.eval(), content
-
-
-def read(path: str | os.PathLike[str], map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
-    """The content of a file that torch.save wrote. Raises InputError for any other, without running its code.
-
-    With `mmap` tensors are read when they are looked at.
-    """
-    if not os.path.exists(path):
-        raise InputError(f"there is no file {path}")
-    if os.path.isdir(path):
-        raise InputError(f"{path} is a folder; give one of the .pt files in it")
-    try:
-        content = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path} is not a file of weights, or would run code when loaded; it was not loaded"
-        ) from error
-    except Exception as error:  # damaged bytes make the unpickler raise nearly anything
-        raise InputError(f"{path} cannot be read, it is damaged or no checkpoint: {one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds no checkpoint but a {type(content).__name__}")
-    return content
 
 
 def save_training(folder: Path, epoch: int | None, content: dict[str, Any]) -> None:
@@ -206,9 +178,9 @@ def prune(folder: Path, keep: int) -> None:
 def read_training(path: str | os.PathLike[str], mmap: bool = False) -> dict[str, Any]:
     """The content of a training checkpoint, on the CPU, see `read`. Raises InputError for any other file."""
     content = read(path, mmap=mmap)
-    if content.get("format") == STUDENT:
+    if format_of(content) == STUDENT:
         raise InputError(f"{path} holds an encoder only and cannot continue a run; give a checkpoint_*.pt")
-    if content.get("format") != TRAINING:
+    if format_of(content) != TRAINING:
         raise InputError(f"{path} is no checkpoint of this tool; give a checkpoint_*.pt that `train` wrote")
     check_content(path, content)
     return content
@@ -216,17 +188,27 @@ def read_training(path: str | os.PathLike[str], mmap: bool = False) -> dict[str,
 
 def load(path: str | os.PathLike[str], map_location: Any = "cpu", which: str = "student") -> MaskedVisionTransformer:
     """The encoder in a student, teacher or training file, in eval mode; see `load_encoder`."""
-    return load_encoder(path, map_location, which)[0]
+    encoder = load_encoder(path, map_location, which)[0]
+    warn_of_broken(encoder.state_dict(), path)
+    return encoder
 
 
-def check_content(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
-    """Raises InputError for a file of ours that is newer than this version, or lacks what its format has."""
-    if not isinstance(content.get("version", 0), int):
-        raise InputError(f"{path} is damaged: its version is {content['version']!r}")
-    if content.get("version", 0) > VERSION:
-        raise InputError(f"{path} was written by a newer version of this tool (format {content['version']}); update it")
-    if lacking := [name for name in CONTENT[content["format"]] if name not in content]:
-        raise InputError(f"{path} is damaged: it lacks {', '.join(lacking)}")
+def warn_of_broken(weights: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Warns of weights that are not finite: whatever is computed with them is not finite either."""
+    if broken := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
+        warnings.warn(f"{path}: {broken[0]} has values that are not finite; take an earlier file", stacklevel=3)
+
+
+def check_transform(encoder: MaskedVisionTransformer) -> None:
+    """Raises ValueError unless the images that the transform makes are those that the encoder takes."""
+    transform = encoder.transform
+    if transform.image_size != encoder.image_size or len(transform.mean) != len(transform.std):
+        raise ValueError(f"its images are {transform.image_size} and the encoder takes {encoder.image_size}")
+    numbers = (*transform.mean, *transform.std)
+    if transform.channels != encoder.vit.patch_embed.proj.in_channels or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"mean and deviation {transform.mean}, {transform.std} are not those of its channels")
+    if not all(transform.std):
+        raise ValueError("a deviation is 0")
 
 
 def load_weights(vit: VisionTransformer, path: str | os.PathLike[str]) -> Start:
@@ -238,17 +220,22 @@ def load_weights(vit: VisionTransformer, path: str | os.PathLike[str]) -> Start:
     Raises InputError, naming the first misfit, when the weights are of another architecture.
     """
     content = read_safetensors(path) if str(path).endswith(".safetensors") else read(path)
-    if content.get("format") in CONTENT:
+    if (ours_is := format_of(content)) is not None:
         check_content(path, content)
-    if content.get("format") == TRAINING:
+    if ours_is == TRAINING:
         content = content["encoders"]["student"]
-    weights = dict(content.get("state_dict", content.get("model", content)))
+    found = content.get("state_dict", content.get("model", content))
+    if not isinstance(found, dict):
+        raise InputError(f"--init {path} holds no weights of a ViT but a {type(found).__name__}")
+    weights = {name: tensor for name, tensor in found.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
     if vit.cls_token is None:
         weights = without_class_token(weights)
     try:
         channels = adapt_channels(weights, vit, path)
         weights = checkpoint_filter_fn(weights, vit)
-    except (AttributeError, TypeError, ValueError, RuntimeError, KeyError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # of names and shapes that nobody foresaw
         raise InputError(f"--init {path} holds no weights of a ViT: {one_line(error)}") from error
     # The last norm is `fc_norm` in timm's models that pool before it, and `norm` in student files.
     for ours, other in (("norm.", "fc_norm."), ("fc_norm.", "norm.")):
@@ -260,10 +247,14 @@ def load_weights(vit: VisionTransformer, path: str | os.PathLike[str]) -> Start:
         if weights[name].shape != tensor.shape:
             sizes = f"{list(weights[name].shape)} there, {list(tensor.shape)} here"
             raise InputError(f"--init {path} is for an encoder of another size: {name} is {sizes}")
+        if not torch.isfinite(weights[name]).all():
+            raise InputError(f"--init {path}: {name} has values that are not finite; give an earlier file")
     vit.load_state_dict({name: weights[name] for name in vit.state_dict()})
-    transform = content.get("transform", {})
-    normalization = {n: tuple(transform[n]) for n in ("mean", "std") if n in transform}
-    return Start(normalization, content.get("mask_token"), channels)
+    if ours_is is None:
+        return Start(channels=channels)
+    transform = content["transform"]
+    normalization = {n: tuple(map(float, transform[n])) for n in ("mean", "std") if n in transform}
+    return Start(normalization, content["mask_token"], channels)
 
 
 def adapt_channels(weights: dict[str, Any], vit: VisionTransformer, path: str | os.PathLike[str]) -> int | None:
@@ -292,12 +283,3 @@ def without_class_token(weights: dict[str, Any]) -> dict[str, Any]:
     if isinstance(position, Tensor) and math.isqrt(S := position.shape[1] - 1 - registers) ** 2 == S:
         weights["pos_embed"] = position[:, 1:]
     return weights
-
-
-def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
-    if not os.path.isfile(path):
-        raise InputError(f"there is no file {path}")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be read as safetensors: {one_line(error)}") from error

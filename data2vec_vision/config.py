@@ -15,7 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from data2vec_vision.errors import InputError
+from data2vec_vision.errors import InputError, brief
+
+MANY = 1000  # from which on the end of a range is there against mistakes only
+LARGEST = 10**18  # of a number; more is a mistake
+LARGEST_FILE = 2**26  # bytes of a config.json, which may name very many inputs
 
 GROUPS = ("Images", "Model", "Method", "Optimisation", "Output and resume", "Machine")
 
@@ -45,15 +49,15 @@ class TrainConfig:
 
     input_path: str | tuple[str, ...] = ""  # a tuple where there are several
 
-    image_size: int | None = _images(None, "Side of the square views, pixels.", "[1, inf)", auto="the model's")
-    channels: int = _images(3, "Of images; 3: 8-bit RGB, else as stored.", "[1, inf)")
+    image_size: int | None = _images(None, "Side of the square views, pixels.", "[1, 65536]", auto="the model's")
+    channels: int = _images(3, "Of images; 3: 8-bit RGB, else as stored.", "[1, 65536]")
     normalize: str = _images("auto", "By the mean and deviation of imagenet or dataset.", choices=("auto", "imagenet", "dataset"), metavar="HOW", auto="by the channels")
 
     model: str | None = _model(None, "Any timm VisionTransformer (see `models`), instead of the sizes below.", metavar="NAME", auto="a ViT-S/16")
-    patch_size: int | None = _model(None, "Side of a patch, in pixels.", "[1, inf)", auto="16")
-    hidden_dim: int | None = _model(None, "Width of the encoder.", "[1, inf)", auto="384")
-    n_encoders: int | None = _model(None, "Number of transformer blocks.", "[1, inf)", auto="12")
-    n_heads: int | None = _model(None, "Attention heads.", "[1, inf)", auto="width / 64")
+    patch_size: int | None = _model(None, "Side of a patch, in pixels.", "[1, 65536]", auto="16")
+    hidden_dim: int | None = _model(None, "Width of the encoder.", "[1, 65536]", auto="384")
+    n_encoders: int | None = _model(None, "Number of transformer blocks.", "[1, 1000]", auto="12")
+    n_heads: int | None = _model(None, "Attention heads.", "[1, 65536]", auto="width / 64")
     dropout: float = _model(0.0, "Dropout in the encoder's blocks.", "[0, 1)")
     pretrained: bool = _model(False, "Start from timm's weights of --model.")
     init: str | None = _model(None, "Start from a student file or a file of timm weights.", metavar="FILE")
@@ -69,8 +73,8 @@ class TrainConfig:
     set: tuple[str, ...] = _method((), "Another knob of the method (see `methods`); can be repeated.", metavar="NAME=VALUE")
 
     epochs: int | None = _optim(None, "Passes over the images.", "[1, inf)", auto="by their number")
-    batch_size: int | None = _optim(None, "Images in a pass, over all processes.", "[1, inf)", auto="64")
-    grad_accum: int | None = _optim(None, "Forward passes in one step.", "[1, inf)", auto="1")
+    batch_size: int | None = _optim(None, "Images in a pass, over all processes.", "[1, 1000000]", auto="64")
+    grad_accum: int | None = _optim(None, "Forward passes in one step.", "[1, 1000000]", auto="1")
     max_lr: float | None = _optim(None, "Peak of the one-cycle learning rate.", "(0, inf)", auto="from the images a step")
     warmup_pct: float | None = _optim(None, "Warm-up's share of the run.", "[0, 1)", auto="the method's")
     weight_decay: float | None = _optim(None, "AdamW's decay of matrices.", "[0, inf)", auto="the method's")
@@ -96,7 +100,8 @@ class TrainConfig:
     precision: str = _machine("auto", "Of the forward pass; weights are fp32.", choices=("auto", "bf16", "fp16", "fp32"), auto="from the device")
     compile: bool | None = _machine(None, "Compile the method with torch.compile.", auto="long runs in bf16 on a CPU")
     grad_checkpointing: bool = _machine(False, "Recompute activations in the backward pass: less memory, slower.")
-    workers: int | None = _machine(None, "Processes that read images; 0: none beside the main one.", "[0, inf)", auto="from the cores")
+    deterministic: bool = _machine(False, "On a GPU too, the same command gives the same bits; slower.")
+    workers: int | None = _machine(None, "Processes that read images; 0: none beside the main one.", "[0, 1000]", auto="from the cores")
     cache: str = _machine("none", "Keep images decoded in memory, if they fit.", choices=("none", "ram"))
     debug: bool = _machine(False, "Show the traceback of an error.")
 
@@ -167,15 +172,17 @@ def field_type(name: str) -> type:
 
 def check_interval(name: str, value: float, within: str) -> None:
     """Raises InputError unless `value` lies in `within`, such as "(0, 1]"; names what to give instead."""
-    if not math.isfinite(value):
-        raise InputError(f"{name} must be a finite number, got {value}")
+    if not abs(value) < LARGEST:  # nan neither
+        raise InputError(f"{name} must be a finite number, got {brief(value)}")
     low, high = (float(end) for end in within[1:-1].split(","))
     above = value > low if within[0] == "(" else value >= low
     below = value < high if within[-1] == ")" else value <= high
     if above and below:
         return
     hint = f"; use {value / 100:g} for {value:g} %" if high == 1 and 1 < value <= 100 else ""
-    if math.isinf(high):
+    if above and high >= MANY:
+        allowed = f"at most {high:,.0f}"
+    elif high >= MANY:
         allowed = f"{'more than' if within[0] == '(' else 'at least'} {low:g}"
     else:
         ends = {"()": ", both excluded", "[)": f", {high:g} excluded", "(]": f", {low:g} excluded", "[]": ""}
@@ -240,8 +247,12 @@ def read_config(path: str, given: Mapping[str, Any]) -> dict[str, Any]:
     Raises InputError for a file that is not a config.json.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("it is a folder, a device or a pipe")
+        if (size := os.path.getsize(path)) > LARGEST_FILE:
+            raise OSError(f"{size:,} bytes are too many for settings")
+        values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=each_once)
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"--config {path} cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"--config {path} holds no settings; give the config.json of a run")
@@ -259,24 +270,34 @@ def read_config(path: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in values.items() if name not in OF_THE_CALL}, **given}
 
 
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError for a name that comes twice, of which Python would take the last."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{brief(name)} comes twice")
+        found[name] = value
+    return found
+
+
 def from_json(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Settings as a file has them -> as TrainConfig has them. Raises InputError for unknown ones and other types."""
     known, result = {f.name: f for f in dataclasses.fields(TrainConfig)}, {}
     for name, value in values.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(str(name)[:50], known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"{where} has an unknown setting {name!r}{hint}")
+            raise InputError(f"{where} has an unknown setting {brief(name)}{hint}")
         kind = field_type(name)
         texts = isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
         if name == "set" and texts:
             value = tuple(value)
         elif name == "input_path" and texts:
             value = tuple(value) if len(value) > 1 else "".join(value)
-        elif kind is float and type(value) is int:
+        elif kind is float and type(value) is int and abs(value) < LARGEST:
             value = float(value)
         elif not (type(value) is kind or (value is None and known[name].default is None)):
-            raise InputError(f"{where}: {name} must be of type {kind.__name__}, got {value!r}")
+            raise InputError(f"{where}: {name} must be of type {kind.__name__}, got {brief(value)}")
         result[name] = value
     return result
 

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from data2vec_vision.arrays import ArrayPicture
 from data2vec_vision.errors import Unreadable
 from data2vec_vision.images import AnyPicture
+from data2vec_vision.loading import reading, sendable
 from data2vec_vision.masking import MaskSampler, stack_masks
 from data2vec_vision.seeding import derive, generator, seeded
 from data2vec_vision.sources import ImageFolder, opened_picture
@@ -58,15 +59,16 @@ class MicroBatches:
     last_step: int
     rank: int = 0
     processes: int = 1
+    done: int = 0  # passes of these that are left out, at the start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         share = self.batch_size // self.processes
-        for micro in range(self.first_step * self.grad_accum, self.last_step * self.grad_accum):
+        for micro in range(self.first_step * self.grad_accum + self.done, self.last_step * self.grad_accum):
             start = micro * self.batch_size + self.rank * share
             yield [(p, self.stream.image(p)) for p in range(start, start + share)]
 
     def __len__(self) -> int:
-        return (self.last_step - self.first_step) * self.grad_accum
+        return (self.last_step - self.first_step) * self.grad_accum - self.done
 
 
 @dataclass
@@ -128,7 +130,7 @@ class StreamDataset(Dataset):
         bad: dict[int, str] = {}
         for attempt in range(BAD_TRIES + 1):
             chosen = index if attempt == 0 else derive(index, attempt) % len(self.source)
-            with seeded(self.seed, "views", position), one_thread():
+            with seeded(self.seed, "views", position), one_thread(), reading(chosen):
                 try:
                     with self.opened(chosen) as picture:
                         return self.seen(picture), bad
@@ -157,8 +159,8 @@ def one_thread() -> Iterator[None]:
 
 def collate(samples: list[Sample]) -> Batch:
     return Batch(
-        [torch.stack(views) for views in zip(*(s.views for s in samples))],
-        stack_masks([s.masks for s in samples]),
+        [sendable(torch.stack(views)) for views in zip(*(s.views for s in samples))],
+        {name: sendable(mask) for name, mask in stack_masks([s.masks for s in samples]).items()},
         {index: reason for s in samples for index, reason in s.bad.items()},
     )
 

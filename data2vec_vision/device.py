@@ -3,7 +3,8 @@
 import os
 import platform
 import shutil
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,27 @@ def fast_products(device: torch.device, precision: str) -> AbstractContextManage
     """Within it linear maps are computed by the fastest library there is, forward and later backward."""
     slow = device.type == "cpu" and precision == "fp32" and mkl_is_slow()
     return LinearAsConvolution() if slow else nullcontext()
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Inside, if `wanted`, torch takes kernels whose sums have one order, and raises RuntimeError where there is none.
+
+    By https://docs.pytorch.org/docs/stable/notes/randomness.html; to be entered before the device has computed.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS makes its handle
+    memory: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        memory.fill_uninitialized_memory = before[1]
 
 
 def has_compiler() -> bool:

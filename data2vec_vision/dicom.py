@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data2vec_vision.errors import MissingExtra
+from data2vec_vision.errors import MissingExtra, quiet
 from data2vec_vision.rasters import ArrayRaster, Raster
 
 MARK = b"DICM"  # at byte 128
@@ -24,6 +24,7 @@ def dicom_raster(file: BinaryIO, as_photo: bool) -> Raster:
         raise MissingExtra("dicom")
     import pydicom
 
+    quiet("pydicom")
     file.seek(0)
     data = pydicom.dcmread(file)
     if "Rows" not in data or "Columns" not in data:

@@ -1,12 +1,21 @@
 """The ways a run can end early, each an exit code of the command line; and images that cannot be read."""
 
+import functools
+import logging
+import reprlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# A name may hold line breaks, and what a terminal takes for commands; whoever reads it should see them.
+ESCAPES = {n: repr(chr(n))[1:-1] for n in (*range(32), 127)}
+
 
 class InputError(ValueError):
-    """What the user gave cannot be used (exit code 2). The message says what to do instead."""
+    """What the user gave cannot be used (exit code 2). The message, one line, says what to do instead."""
+
+    def __init__(self, message: str):
+        super().__init__(message.translate(ESCAPES))
 
 
 class Finished(InputError):
@@ -45,6 +54,12 @@ class MissingExtra(Unreadable):
         super().__init__(f"needs pip install 'data2vec_vision[{extra}]'")
 
 
+@functools.cache
+def quiet(library: str) -> None:
+    """Keeps what a library logs of damaged files off the terminal; whoever configures logging still gets it."""
+    logging.getLogger(library).addHandler(logging.NullHandler())
+
+
 @contextmanager
 def explained() -> Iterator[None]:
     """Any error inside becomes Unreadable: damaged files make decoders raise nearly anything."""
@@ -67,6 +82,13 @@ def why_unreadable(error: Exception) -> str:
     if isinstance(error, OSError):  # the system's, whose text repeats the path, or Pillow's own
         return error.strerror or one_line(error).removeprefix("OSError: ").removeprefix("UnidentifiedImageError: ")
     return one_line(error)
+
+
+def brief(value: object) -> str:
+    """A value out of somebody's file as a short text; lists in lists may be longer than any memory when written out."""
+    short = reprlib.Repr()
+    short.maxlevel = 2
+    return " ".join(short.repr(value).split())[:100]
 
 
 def one_line(error: BaseException) -> str:

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data2vec_vision.checkpoint import atomic_write, check_place, load_encoder, refuse_overwriting
 from data2vec_vision.device import device_name, find_device, versions
 from data2vec_vision.distributed import is_main
 from data2vec_vision.errors import InputError, RunFailed, Stopped, one_line
-from data2vec_vision.extract import feature_function, fingerprint, image_loader
+from data2vec_vision.extract import ImageBatches, feature_function, fingerprint, image_loader, reading_processes
+from data2vec_vision.failures import said_with
 from data2vec_vision.features import (
     check_room,
     one_pass,
@@ -138,7 +138,7 @@ def evaluate_all(
     compute: dict[str, Callable[[Tensor], Tensor]] = {PIXELS: raw_pixels} if floors else {}
     compute |= {name: feature_function(e.to(where), where, pool, None, precision) for name, e in encoders.items()}
     check_room(sum(len(part.images) for part in images.parts), model, floors)
-    with caught_signals() as signals:
+    with said_with(batch_size, reading_processes(workers), where), caught_signals() as signals:
         tick = partial(stop_if, signals)
         loaders = [
             image_loader(part.images, model.transform, batch_size, workers, where.type == "cuda", share=True)
@@ -288,7 +288,7 @@ class KnnProbe:
             bad |= set(unreadable)
             if keep and pixels is not None:
                 batches.append(pixels)
-        self._batches: list[Tensor] | DataLoader = batches if keep else loader
+        self._batches: list[Tensor] | ImageBatches = batches if keep else loader
         numbers = np.delete(found.numbers[np.asarray(chosen.indices)], sorted(bad))
         self.labels, present = torch.from_numpy(numbers), len(np.unique(numbers))
         if present < 2:

@@ -25,6 +25,8 @@ from data2vec_vision.device import (
 )
 from data2vec_vision.distributed import from_main, is_main, local_processes, processes, rank
 from data2vec_vision.errors import InputError, RunFailed, Stopped, Unreadable, one_line
+from data2vec_vision.failures import said_with
+from data2vec_vision.loading import LoadingFailed, lasting, reading, sendable
 from data2vec_vision.partial import Partial
 from data2vec_vision.run import caught_signals, plural, say
 from data2vec_vision.shares import in_order, joined, refuse_unlike, shared
@@ -109,9 +111,10 @@ def extract_all(
     partial.check_room(len(source), FORMATS[target.suffix].room)
     if layer is not None:
         model.vit.blocks = model.vit.blocks[:layer]  # no need to compute what comes after it
-    compute = feature_function(model.to(where), where, pool, layer, precision)
     try:
-        with caught_signals() as signals, partial.opened(resume) if is_main() else contextlib.nullcontext():
+        started = partial.opened(resume) if is_main() else contextlib.nullcontext()
+        with said_with(batch_size, reading_processes(workers), where), caught_signals() as signals, started:
+            compute = feature_function(model.to(where), where, pool, layer, precision)
             stop = stop_function(signals, partial, len(source))
             pin, start = where.type == "cuda", from_main(lambda: partial.progress.images)
             loader = image_loader(source, model.transform, batch_size, workers, pin, start, True)
@@ -120,6 +123,10 @@ def extract_all(
                 return
             refuse_useless(partial, model, checkpoint, ", ".join(inputs))
             write_output(partial, source, about, stop)
+    except RunFailed as error:
+        if not (isinstance(error.__cause__, LoadingFailed) and partial.notes.exists()):
+            raise
+        raise RunFailed(f"{error}; then {GO_ON}") from error
     except OSError as error:
         kept = f"; then {GO_ON}" if partial.notes.exists() else ""
         raise RunFailed(
@@ -177,7 +184,7 @@ class Images(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
         try:
-            with opened_picture(self.source, index, self.transform.channels) as picture:
+            with reading(index), opened_picture(self.source, index, self.transform.channels) as picture:
                 return index, self.transform.resized(picture)
         except Unreadable as error:
             return index, str(error)
@@ -186,7 +193,33 @@ class Images(Dataset):
 def collate(items: list[tuple[int, Tensor | str]]) -> tuple[Tensor | None, dict[int, str]]:
     """The readable images, [B, C, H, W], and the reasons for the others by index."""
     readable = [image for _, image in items if isinstance(image, Tensor)]
-    return torch.stack(readable) if readable else None, {i: reason for i, reason in items if isinstance(reason, str)}
+    pixels = sendable(torch.stack(readable)) if readable else None
+    return pixels, {i: reason for i, reason in items if isinstance(reason, str)}
+
+
+class ImageBatches:
+    """Images in order, in batches as `collate` makes them, though processes that read them be lost."""
+
+    def __init__(self, dataset: Images, batches: Sequence[range], workers: int, pin: bool):
+        self.dataset, self.batches, self.workers, self.pin = dataset, batches, workers, pin
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, dict[int, str]]]:
+        return lasting(self._from_batch, self.dataset.source.name, say)
+
+    def _from_batch(self, done: int) -> DataLoader:
+        left: Any = self.batches[done:]
+        return DataLoader(
+            self.dataset,
+            batch_sampler=left,
+            num_workers=self.workers,
+            collate_fn=collate,
+            pin_memory=self.pin,
+            worker_init_fn=start_worker,
+            generator=torch.Generator(),
+        )
 
 
 def image_loader(
@@ -197,22 +230,20 @@ def image_loader(
     pin: bool = False,
     start: int = 0,
     share: bool = False,
-) -> DataLoader:
-    """The images from number `start` on, in order, in batches as `collate` makes them.
+) -> ImageBatches:
+    """The batches of all images from number `start` on, read by so many processes, None: as many as pay.
 
     With `share` every n-th batch, n the number of processes, for shares.in_order.
     """
     count = len(source)
-    batches: list[Any] = [range(first, min(first + batch_size, count)) for first in range(start, count, batch_size)]
-    return DataLoader(
-        Images(source, transform),
-        batch_sampler=batches[rank() :: processes()] if share else batches,
-        num_workers=max(0, min(8, cores() // local_processes() - 1)) if workers is None else workers,
-        collate_fn=collate,
-        pin_memory=pin,
-        worker_init_fn=start_worker,
-        generator=torch.Generator(),
-    )
+    batches = [range(first, min(first + batch_size, count)) for first in range(start, count, batch_size)]
+    mine = batches[rank() :: processes()] if share else batches
+    return ImageBatches(Images(source, transform), mine, reading_processes(workers), pin)
+
+
+def reading_processes(workers: int | None) -> int:
+    """How many processes read images, where `workers` are asked for."""
+    return max(0, min(8, cores() // local_processes() - 1)) if workers is None else workers
 
 
 def feature_function(
@@ -262,7 +293,7 @@ def stop_function(signals: list[int], partial: Partial, total: int) -> Callable[
 def compute_rows(
     partial: Partial,
     compute: Callable[[Tensor], Tensor],
-    loader: DataLoader,
+    loader: ImageBatches,
     total: int,
     tick: Callable[[], None],
 ) -> None:

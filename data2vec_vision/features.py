@@ -11,16 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data2vec_vision import methods
+from data2vec_vision.config import from_json
 from data2vec_vision.distributed import is_main
 from data2vec_vision.errors import InputError, RunFailed, one_line
+from data2vec_vision.extract import ImageBatches
 from data2vec_vision.probes import chunks
 from data2vec_vision.run import size
 from data2vec_vision.seeding import seeded
 from data2vec_vision.shares import in_order
+from data2vec_vision.untrusted import check_shapes
 from data2vec_vision.vit import MaskedVisionTransformer, build_vit
 
 PIXEL_SIDE = 32  # pixels, the most that an image's side has as raw pixels
@@ -60,14 +62,14 @@ def check_room(count: int, model: MaskedVisionTransformer, floors: bool) -> None
 
 
 def one_pass(
-    loader: DataLoader, compute: Mapping[str, Callable[[Tensor], Tensor]], tick: Callable[[], None]
+    loader: ImageBatches, compute: Mapping[str, Callable[[Tensor], Tensor]], tick: Callable[[], None]
 ) -> tuple[dict[str, Tensor], dict[int, str]]:
     """Features of the readable images by each function of `compute`, [B, C, H, W] -> [B, D], and the bad files.
 
     Returns [N, D] by name and, by index, why an image cannot be read; both are empty in other processes than the main
     one, which gets what they compute of their batches. `tick` is called after every batch.
     """
-    files, total = {name: FeatureFile() for name in compute}, len(loader.dataset)  # type: ignore[arg-type]
+    files, total = {name: FeatureFile() for name in compute}, len(loader.dataset)
     bad: dict[int, str] = {}
     shown = is_main() and sys.stderr.isatty()
     batches = (
@@ -124,12 +126,13 @@ def untrained_twin(
     """The encoder before its first step, or one like it, and in words which of the two.
 
     `content` is that of its file. A run draws its first weights under its seed; where the file knows the
-    run and it began from drawn weights, these are drawn again, by the same versions the very same ones.
+    run and it began from drawn weights, these are drawn again, by the same versions the very same ones. A method in
+    a file of somebody's own is not run for this: whoever judges weights need not trust their maker.
     """
-    config, described = content.get("config") or {}, content["encoder"]
+    config, described = from_json(content.get("config") or {}, "the config of its file"), content["encoder"]
     model, arguments = described["model"], described["arguments"]
     initialize, say_which = None, f"weights drawn with seed {config.get('seed', seed)}"
-    try:
+    if content["method"] in methods.names():
         method = methods.find(content["method"])
         initialize = method.initialize
         if config.get("model"):  # with timm's own parts behind the blocks, which draw numbers too
@@ -137,11 +140,12 @@ def untrained_twin(
                 config["model"],
                 {
                     **{name: arguments[name] for name in ("img_size", "in_chans") if name in arguments},
-                    **method.encoder_arguments(config["pretrained"]),
+                    **method.encoder_arguments(config.get("pretrained", False)),
                 },
             )
-    except InputError:
-        say_which += f", by timm's initialisation, for the method {content['method']} is not there"
+            check_same_size(model, arguments, trained)
+    else:
+        say_which += f", by timm's initialisation, for the method {content['method']} is no part of this package"
     with seeded(config.get("seed", seed), "weights"):
         vit = build_vit(model, **arguments)
         if initialize is not None:
@@ -153,3 +157,15 @@ def untrained_twin(
     elif config and initialize is not None:
         say_which += ", those that the run began from"
     return twin, say_which
+
+
+def check_same_size(model: str, arguments: Mapping[str, Any], trained: MaskedVisionTransformer) -> None:
+    """Raises InputError where a model, built without memory, has other weights than the encoder that it began as."""
+    try:
+        with torch.device("meta"):
+            twin = MaskedVisionTransformer(build_vit(model, **arguments)).vit
+        check_shapes(twin, trained.vit.state_dict())
+    except ValueError as error:
+        raise InputError(
+            f"the file says that its encoder began as {model}, whose weights are others: {error}"
+        ) from error

@@ -23,6 +23,7 @@ COLUMNS = (
     "file",
     "image",
 )  # the names that this column may have
+LONGEST = 2**16  # bytes of a line of a list
 SUFFIXES = 1000  # told apart among files that are no images
 LOOKED_FOR = 100  # the first files of a list: when none of them exists, the list is taken to be wrong
 
@@ -96,6 +97,8 @@ class ImageList(ImageFolder):
         self.root = os.path.dirname(os.path.abspath(path))
         self.list = os.path.abspath(path)
         self.skipped = Counter()
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for without end
+            raise InputError(f"{path} is a device or a pipe, not a list of images")
         try:
             self._index = Index.of(_checked(_sorted_lines(path), path))
         except OSError as error:
@@ -132,7 +135,9 @@ def _lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
         yield from _cells(path)
         return
     with open(path, "rb") as file:
-        for number, line in enumerate(file):
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST), b"")):
+            if len(line) == LONGEST:
+                raise InputError(f"{path} is no list of paths: line {number + 1} has {LONGEST:,} bytes or more")
             if number == 0:
                 line = line.removeprefix(b"\xef\xbb\xbf")  # by which some editors mark UTF-8
             if b"\0" in line:
@@ -245,11 +250,26 @@ def _visible(here: bytes, seen: set[tuple[int, int]]) -> Iterator[bytes]:
         with os.scandir(here) as entries:
             for entry in entries:
                 if not entry.name.startswith(b".") and not _is_special(entry):
-                    yield entry.name + b"/" if entry.is_dir() else entry.name
+                    yield entry.name + b"/" if _is_folder(entry) else entry.name
     except OSError as error:
         raise InputError(f"cannot look into the folder {os.fsdecode(here)}: {error.strerror}") from error
 
 
 def _is_special(entry: os.DirEntry[bytes]) -> bool:
     """Whether this is a pipe, a socket or a device, which could be waited for without end."""
-    return not entry.is_dir() and not entry.is_file() and os.path.exists(entry.path)
+    return not _is_folder(entry) and not _is_file(entry) and os.path.exists(entry.path)
+
+
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+    """Whether this is a folder or a link to one; a link that leads to itself is neither, and no reason to stop."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _is_file(entry: os.DirEntry[bytes]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:
+        return False

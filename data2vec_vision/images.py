@@ -23,7 +23,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, resize, resize_i
 from data2vec_vision import tiff
 from data2vec_vision.arrays import ArrayPicture, Box, GreyPicture, within
 from data2vec_vision.dicom import MARK, dicom_raster
-from data2vec_vision.errors import MissingExtra, OtherChannels, explained
+from data2vec_vision.errors import MissingExtra, OtherChannels, explained, quiet
 from data2vec_vision.modes import is_8_bit, pillow_raster
 from data2vec_vision.rasters import NUMPY, numpy_raster
 
@@ -38,7 +38,8 @@ HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"
 
 # Of formats whose extras may be missing: their files are images, and unreadable ones then.
 MORE_SUFFIXES = {".npy", ".tif", ".tiff", ".dcm", ".dicom", ".heic", ".heif", ".hif"}
-# Formats that Pillow recognises without being able to decode them by itself, and EPS, a program to be run.
+# Formats that Pillow recognises without being able to decode them by itself, and EPS, a program, for which it would
+# start Ghostscript, whatever the name of the file.
 UNDECODABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
@@ -53,8 +54,10 @@ def image_suffixes() -> frozenset[str]:
 
 def opened(file: BinaryIO) -> Image.Image:
     """An image file with its header read. Raises UnidentifiedImageError for one that Pillow cannot make out."""
+    quiet("PIL")
+    Image.init()  # all formats are known then
     try:
-        return Image.open(file)
+        return Image.open(file, formats=[name for name in Image.ID if name not in UNDECODABLE])
     except UnidentifiedImageError as error:
         why = "of no format that Pillow reads" if file.seek(0, os.SEEK_END) else "it is empty"
         raise UnidentifiedImageError(f"cannot identify image file: {why}") from error

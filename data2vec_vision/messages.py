@@ -15,6 +15,7 @@ from data2vec_vision import distributed, shards
 from data2vec_vision.config import flag
 from data2vec_vision.device import cores, device_name, free_memory
 from data2vec_vision.errors import one_line
+from data2vec_vision.failures import of_reading, of_writing, out_of_memory
 from data2vec_vision.plan import Job
 from data2vec_vision.recipes import compared, packed
 from data2vec_vision.run import BadFiles, command, duration, launched, plural, size
@@ -159,20 +160,32 @@ def go_on(job: Job) -> str:
 def failure(error: Exception, job: Job, traceback: Path | None) -> str:
     """Why the run cannot go on, and what to try; `traceback` is the file that has the details, if it was written."""
     config, text = job.config, str(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
-        smaller = f"--batch-size {config.batch_size // 2} --grad-accum {config.grad_accum * 2}, the same images a step"
-        advice = smaller if config.batch_size % 2 == 0 else "a smaller --batch-size"
-        advice += "" if config.grad_checkpointing else ", or --grad-checkpointing, which is slower"
-        return f"the memory of {job.device} is not enough for batches of {config.batch_size}; try {advice}"
+    if reason := of_reading(error, config.workers):
+        return reason
+    if out_of_memory(error):
+        return f"the memory of {job.device} is not enough for batches of {config.batch_size}; try {smaller_passes(job)}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
-        return f"cannot write to {job.folder}: {error.strerror}; make room there"
-    if "DataLoader worker" in text:
-        return (
-            f"a process that reads images was killed, for want of memory perhaps; try --workers {config.workers // 2}"
-        )
+        return of_writing(error, job.folder)
+    if config.deterministic and "deterministic" in text:
+        return f"--deterministic is not to be had here: {one_line(error)}; try --no-deterministic"
     if config.compile and type(error).__module__.startswith("torch._"):
         return f"the model cannot be compiled here: {one_line(error)}; try --no-compile"
     return one_line(error) + (f" (the traceback is in {traceback})" if traceback else "")
+
+
+def smaller_passes(job: Job) -> str:
+    """Options with which a step takes less memory and has the same images."""
+    config, each = job.config, job.config.batch_size // distributed.processes()
+    factor = next((n for n in range(2, each + 1) if each % n == 0), 1)
+    ways = []
+    if factor > 1 and config.batch_size // factor >= job.method.smallest_batch:
+        passes = f"--batch-size {config.batch_size // factor} --grad-accum {config.grad_accum * factor}"
+        ways.append(f"{passes}, the same images a step")
+    if not config.grad_checkpointing:
+        ways.append("--grad-checkpointing, which is slower")
+    if job.method.batch_statistics:  # of fewer images they are not the same
+        ways.reverse()
+    return ", or ".join(ways) or "a smaller model, or a smaller --image-size"
 
 
 def estimate(job: Job, left: float) -> str:

@@ -24,6 +24,7 @@ from data2vec_vision.config import (
 from data2vec_vision.device import (
     cores,
     device_exists,
+    device_memory,
     find_device,
     fused_attention_pays,
     gpu_identity,
@@ -43,8 +44,12 @@ from data2vec_vision.schedules import Plan
 from data2vec_vision.seeding import seeded
 from data2vec_vision.sources import ImageFolder, check_channels, open_source
 from data2vec_vision.transforms import ImageTransform
+from data2vec_vision.untrusted import check_shapes
 from data2vec_vision.vit import DEFAULT_MODEL, build_vit, forward_flops
 
+# What `resolve` leaves on auto in no run.
+ALWAYS_FILLED = ("image_size", "epochs", "batch_size", "grad_accum", "max_lr", "warmup_pct", "weight_decay",
+                 "clip_grad", "eval_every", "device", "precision", "workers", "compile")  # fmt: skip
 # What a resumed run may do differently, because it does not change what is computed.
 MAY_DIFFER = {
     "input_path",
@@ -52,6 +57,7 @@ MAY_DIFFER = {
     "workers",
     "compile",
     "grad_checkpointing",
+    "deterministic",
     "save_every",
     "keep",
     "log_every",
@@ -117,6 +123,7 @@ def prepare(config: TrainConfig, steps: int | None = None, transform: ImageTrans
     config = with_paper(config, method_class.paper)
     knobs_from(method_class.Config, config, config.method)  # refuses what the method does not use
     device = find_device(config.device)
+    refuse_beyond_memory(config, method_class)
     source = open_source(config.inputs)
     check_channels(source, config.channels)
     with seeded(config.seed, "weights"):
@@ -188,7 +195,7 @@ def restore(config: TrainConfig, given: Mapping[str, Any]) -> Job:
     path = config.resume_checkpoint
     # One reads it for all: who starts again need not share a disk with it, and a shared one shows new files late.
     content = distributed.from_main(lambda: checkpoint.read_training(path))
-    stored = TrainConfig(**from_json(content["config"], path))
+    stored = stored_config(content, path)
     config = merged(stored, config, given, path)
     check(config)
     if "device" not in given:
@@ -204,10 +211,48 @@ def restore(config: TrainConfig, given: Mapping[str, Any]) -> Job:
     if step >= schedule.total_steps:
         raise Finished(f"the run in {path} is finished; add epochs with --epochs {2 * config.epochs}, for example")
     method_class = methods.find(config.method)
+    refuse_misfit(config, method_class, content, path)
     vit, _ = build_encoder(config, method_class, weights=False)
     method = method_class(vit, **knobs_from(method_class.Config, config, config.method))
     method.load_content(content, path)
     return made_ready(Job(config, {}, source, method.to(device), schedule, device, step, content))
+
+
+def stored_config(content: Mapping[str, Any], path: str) -> TrainConfig:
+    """The configuration in a training checkpoint, whole. Raises InputError for one with something left on auto."""
+    config = TrainConfig(**from_json(content["config"], path))
+    if missing := [name for name in ALWAYS_FILLED if getattr(config, name) in (None, "auto")]:
+        raise InputError(f"{path} is damaged: its config lacks {', '.join(missing)}")
+    check(config)
+    return config
+
+
+def refuse_misfit(config: TrainConfig, method_class: type[Method], content: Mapping[str, Any], path: str) -> None:
+    """Raises InputError where the configuration in a file is not that of its weights, before memory is asked for."""
+    knobs = knobs_from(method_class.Config, config, config.method)
+    twin = methods.without_memory(method_class, lambda: plain_encoder(config, method_class), knobs)
+    if twin is None:
+        return
+    try:
+        check_shapes(twin, content["method_state"])
+    except ValueError as error:
+        raise InputError(
+            f"the weights in {path} are of another shape, or of another version of this program: {error}"
+        ) from error
+
+
+def refuse_beyond_memory(config: TrainConfig, method_class: type[Method]) -> None:
+    """Raises InputError for a model whose weights alone are more than the machine has memory."""
+    knobs = knobs_from(method_class.Config, config, config.method)
+    twin = methods.without_memory(method_class, lambda: plain_encoder(config, method_class), knobs)
+    if twin is None:
+        return
+    needed = sum(t.numel() * t.element_size() for t in twin.state_dict().values())
+    if needed > (there := device_memory(torch.device("cpu"))):
+        raise InputError(
+            f"the weights of such a model take {needed / 1e9:,.0f} GB, and this machine has {there / 1e9:,.0f} GB; "
+            "give a smaller --hidden-dim, --n-encoders, --image-size or --set"
+        )
 
 
 def device_to_go_on(stored: str) -> str:
@@ -321,7 +366,9 @@ def agree(job: Job) -> None:
 def made_ready(job: Job) -> Job:
     """The job, made ready for its device. Raises InputError for what only shows when everything is known."""
     make_ready(job.device)
-    set_fused_attention(job.method, fused_attention_pays(job.device, job.config.precision))
+    # The backward pass of fused attention adds up in whatever order a GPU's blocks end.
+    exact = job.config.deterministic and job.device.type != "cpu"
+    set_fused_attention(job.method, fused_attention_pays(job.device, job.config.precision) and not exact)
     set_grad_checkpointing(job.method, job.config.grad_checkpointing)
     if job.device.type == "mps" and job.config.grad_checkpointing and job.config.dropout:
         raise InputError("--grad-checkpointing cannot draw the same dropout again on mps; leave one of them out")
@@ -340,6 +387,25 @@ def made_ready(job: Job) -> Job:
     return job
 
 
+def plain_encoder(config: TrainConfig, method_class: type[Method], pretrained: bool = False) -> VisionTransformer:
+    """The timm model of `config` as the method wants it, with timm's own first weights, or its `pretrained` ones."""
+    parts = {"in_chans": config.channels, **method_class.encoder_arguments(config.pretrained)}
+    if config.model:
+        size = {} if config.image_size is None else {"img_size": config.image_size}
+        return build_vit(config.model, pretrained, proj_drop_rate=config.dropout, **size, **parts)
+    width = config.hidden_dim or 384
+    return build_vit(
+        DEFAULT_MODEL,
+        img_size=config.image_size or 224,
+        patch_size=config.patch_size or 16,
+        embed_dim=width,
+        depth=config.n_encoders or 12,
+        num_heads=config.n_heads or default_heads(width),
+        proj_drop_rate=config.dropout,
+        **parts,
+    )
+
+
 def build_encoder(
     config: TrainConfig, method_class: type[Method], weights: bool = True
 ) -> tuple[VisionTransformer, checkpoint.Start]:
@@ -347,23 +413,7 @@ def build_encoder(
 
     Without `weights` those of --init and --pretrained are left out, because a checkpoint's follow.
     """
-    parts = {"in_chans": config.channels, **method_class.encoder_arguments(config.pretrained)}
-    if config.model:
-        size = {} if config.image_size is None else {"img_size": config.image_size}
-        pretrained = config.pretrained and weights
-        vit = build_vit(config.model, pretrained, proj_drop_rate=config.dropout, **size, **parts)
-    else:
-        width = config.hidden_dim or 384
-        vit = build_vit(
-            DEFAULT_MODEL,
-            img_size=config.image_size or 224,
-            patch_size=config.patch_size or 16,
-            embed_dim=width,
-            depth=config.n_encoders or 12,
-            num_heads=config.n_heads or default_heads(width),
-            proj_drop_rate=config.dropout,
-            **parts,
-        )
+    vit = plain_encoder(config, method_class, config.pretrained and weights)
     if not (config.init or config.pretrained):
         method_class.initialize(vit)
     if not weights:

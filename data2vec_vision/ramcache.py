@@ -25,6 +25,7 @@ from tqdm import tqdm
 from data2vec_vision.data import start_worker
 from data2vec_vision.errors import Unreadable
 from data2vec_vision.images import AnyPicture, Picture
+from data2vec_vision.loading import lasting, reading, sendable
 from data2vec_vision.sources import ImageFolder, opened_picture, sizes_of_some
 
 BLOCK = 1 << 28  # bytes that are taken at once
@@ -83,12 +84,18 @@ def fill(source: ImageFolder, workers: int, limit: float) -> RamCache | int:
         return expected
     start, N = time.perf_counter(), len(source)
     cache = RamCache(np.full((N, 4), -1, np.int64))
-    loader = DataLoader(
-        Decoded(source), batch_size=None, num_workers=workers, worker_init_fn=start_worker, generator=torch.Generator()
-    )
+    chunks = Decoded(source)
+
+    def from_chunk(done: int) -> DataLoader:
+        left = range(done, len(chunks))
+        return DataLoader(
+            chunks, batch_size=None, sampler=left, num_workers=workers, worker_init_fn=start_worker,
+            generator=torch.Generator(),
+        )  # fmt: skip
+
     hidden = not sys.stderr.isatty()
     with tqdm(total=N, unit="image", desc="caching", dynamic_ncols=True, leave=False, disable=hidden) as bar:
-        for first, sizes, pixels, bad in loader:
+        for first, sizes, pixels, bad in lasting(from_chunk, source.name):
             cache.bad |= bad
             for index, (height, width), part in zip(range(first, N), sizes, parts(sizes, pixels)):
                 if height:
@@ -125,11 +132,11 @@ class Decoded(Dataset):
         bad: dict[int, str] = {}
         for index in range(first, min(first + CHUNK, len(self.source))):
             pixels = NOTHING
-            with reasons(bad, index), opened_picture(self.source, index) as picture:
+            with reasons(bad, index), reading(index), opened_picture(self.source, index) as picture:
                 pixels = whole(picture)
             sizes.append((pixels.shape[1], pixels.shape[2]))
             images.append(pixels.permute(1, 2, 0).reshape(-1))
-        return first, sizes, torch.cat(images), bad
+        return first, sizes, sendable(torch.cat(images)), bad
 
 
 def whole(picture: AnyPicture) -> Tensor:

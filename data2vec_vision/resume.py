@@ -7,7 +7,6 @@ chose by themselves could go on from different steps. It also reads the file for
 
 import os
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -50,17 +49,13 @@ def newest(folder: Path) -> tuple[Path | None, int]:
     for path in folder.glob("checkpoint_*.pt"):
         if re.fullmatch(r"checkpoint_(last|\d+)\.pt", path.name):
             try:
-                steps[path] = steps_of(path)
+                steps[path] = checkpoint.read_training(path, mmap=True)["step"]
             except InputError as error:
                 damaged.append(path)
                 say(f"note: passed over: {error}")
-    # Of the same step the rolling one, whose name the user knows from other messages.
-    for path in sorted(steps, key=lambda p: (steps[p], p.name), reverse=True):
-        if spoilt := first_spoilt(path):
-            damaged.append(path)
-            say(f"note: passed over: {path} is damaged: {spoilt} in it is not what was written")
-        else:
-            return path, steps[path]
+    if steps:  # of the same step the rolling one, whose name the user knows from other messages
+        path = max(steps, key=lambda p: (steps[p], p.name))
+        return path, steps[path]
     for path in damaged:
         aside = path.with_name(path.name + ".damaged")
         try:
@@ -69,20 +64,3 @@ def newest(folder: Path) -> tuple[Path | None, int]:
             raise InputError(f"cannot rename {path}, which is damaged: {error.strerror}; remove it") from error
         say(f"note: {path} is now {aside.name}")
     return None, 0
-
-
-def steps_of(path: Path) -> int:
-    """How many steps a training checkpoint has done; its tensors are not read. Raises InputError for another file."""
-    step = checkpoint.read_training(path, mmap=True)["step"]
-    if not isinstance(step, int):
-        raise InputError(f"{path} is damaged: its step is {step!r}")
-    return step
-
-
-def first_spoilt(path: Path) -> str | None:
-    """The first part of the file whose checksum is another than when it was written, None where all are right."""
-    try:
-        with zipfile.ZipFile(path) as archive:  # what torch.save writes
-            return archive.testzip()
-    except (OSError, zipfile.BadZipFile) as error:
-        return str(error)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from data2vec_vision import distributed
 from data2vec_vision.checkpoint import atomic_write
 from data2vec_vision.config import TrainConfig, to_json
-from data2vec_vision.errors import InputError, RunFailed
+from data2vec_vision.errors import ESCAPES, InputError, RunFailed
 from data2vec_vision.sources import ImageFolder
 
 try:
@@ -121,7 +121,7 @@ class RunFolder:
         with atomic_write(self.path / "config.json") as file:
             file.write(to_json(config).encode())
         metrics = self.path / "metrics.jsonl"
-        kept = [line for line in complete_lines(metrics) if _step(line) <= step]
+        kept = [line for line in complete_lines(metrics) if step_of(line) <= step]
         with atomic_write(metrics) as file:
             file.write("".join(line + "\n" for line in kept).encode("utf-8", "surrogateescape"))
         self.lines = [json.loads(line) for line in kept if '"feature_std"' in line or '"knn"' in line]
@@ -145,7 +145,9 @@ class RunFolder:
     def close(self) -> None:
         for file in (self._metrics, self._lock):
             if file is not None:
-                file.close()
+                # A line that did not fit on the disk is tried once more; it was said when it was written.
+                with contextlib.suppress(OSError):
+                    file.close()
 
 
 def _next_name(path: Path) -> Path:
@@ -160,8 +162,8 @@ def complete_lines(path: Path) -> list[str]:
     return lines
 
 
-def _step(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite for a line that a failing disk has spoilt."""
+def step_of(line: str) -> float:
+    """The step of a line of a .jsonl file; infinite for a line that a failing disk has spoilt."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
@@ -188,7 +190,7 @@ class BadFiles:
         """Raises RunFailed when more than BAD_SHARE of all images have turned out unreadable."""
         for index, reason in bad.items():
             self._met.add(index)
-            name = self.source.name(index).replace("\t", " ").replace("\n", " ")
+            name = self.source.name(index).translate(ESCAPES)
             if name in self._listed:
                 continue
             self._listed.add(name)

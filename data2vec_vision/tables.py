@@ -96,6 +96,7 @@ def _in_arrow(library: Any, path: str) -> Iterator[tuple[int, str, tuple[int, ..
         batches = (reader.get_batch(n) for n in range(reader.num_record_batches)) if of_file else reader
         for batch in batches:
             column = batch.column(name)
+            column.validate(full=True)  # places that a damaged file gives would be read wherever they are
             content = column.field("bytes") if in_struct else column
             has_path = in_struct and any(field.name == "path" for field in column.type)
             suffixes = _suffixes(column.field("path").to_pylist() if has_path else [None] * len(batch))

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data2vec_vision.errors import MissingExtra
+from data2vec_vision.errors import MissingExtra, quiet
 from data2vec_vision.rasters import ArrayRaster, Raster, refuse_too_large
 
 BEGINNINGS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -34,6 +34,7 @@ def tiff_raster(file: BinaryIO, channels: int) -> Raster | None:
         raise MissingExtra("tiff")
     import tifffile
 
+    quiet("tifffile")
     file.seek(0)
     tiff = tifffile.TiffFile(file)
     series = tiff.series[0]

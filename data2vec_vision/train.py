@@ -11,7 +11,7 @@ import signal
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from data2vec_vision import checkpoint, distributed, resume
 from data2vec_vision.config import TrainConfig, not_default
 from data2vec_vision.data import Batch, MicroBatches, Stream, StreamDataset, make_loader
-from data2vec_vision.device import fast_products, free_memory
+from data2vec_vision.device import deterministic, fast_products, free_memory
 from data2vec_vision.errors import Finished, InputError, RunFailed, Stopped, one_line
+from data2vec_vision.failures import of_writing
+from data2vec_vision.loading import lasting
 from data2vec_vision.messages import describe, estimate, failure, farewell, go_on, slow_loading
 from data2vec_vision.methods.base import Output
 from data2vec_vision.monitor import WINDOW, health, health_sums, on_host
@@ -43,12 +46,14 @@ from data2vec_vision.run import (
     size,
 )
 from data2vec_vision.seeding import generator, seed_device
+from data2vec_vision.skips import SkippedSteps
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ESTIMATE_AFTER = 20  # steps
 STEADY = 2 * ESTIMATE_AFTER  # steps after which the loader has got going
 SLOW_LOADING = 0.3  # share of the time spent waiting for images that is worth a word
 SKIPS_IN_A_ROW = 100  # so many steps without a finite gradient end the run
+NOTED = 16  # skipped steps between two lines of metrics.jsonl, the first ones, whose images are looked up
 LOST = (
     "another process of the run has ended without a word: it was killed, for want of memory perhaps, or its machine is "
     "gone; torchrun tells which one"
@@ -143,14 +148,15 @@ def clip_and_step(
 ) -> tuple[Tensor, Tensor]:
     """Clip once, step unless the gradient is not finite, clear. Returns its norm and 1.0 if it was skipped.
 
-    The optimizer itself looks at `found_inf`, on the device, so that the host does not have to wait.
+    The optimizer itself looks at `found_inf`, on the device, so that the host does not have to wait. It is not stepped
+    by the scaler, which would put its own flag there: a norm can overflow where no gradient does.
     """
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, clip or float("inf"))
     skipped = (~norm.isfinite()).float()
     optimizer.found_inf = skipped  # type: ignore[attr-defined]
-    scaler.step(optimizer)
+    optimizer.step()
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm, skipped
@@ -186,7 +192,8 @@ def pretrain(config: TrainConfig, typed: Mapping[str, Any]) -> Path:
         job = distributed.together(lambda: restore(config, typed) if config.resume_checkpoint else prepare(config))
         agree(job)
         folder = opened_folder(job)
-        with contextlib.closing(distributed.together(partial(Onlooker, job, folder))) as onlooker:
+        onlooking = contextlib.closing(distributed.together(partial(Onlooker, job, folder)))
+        with deterministic(job.config.deterministic), onlooking as onlooker:
             watch(job, folder, onlooker)
     except (InputError, RunFailed, Stopped, KeyboardInterrupt):
         raise
@@ -231,7 +238,9 @@ def watch(job: Job, folder: RunFolder, onlooker: Onlooker) -> None:
         for step in training_steps(job, optimizer, scaler, cache):
             left = progress.step(step.number)
             window.add(step)
-            bad_files.add(distributed.union(step.bad))
+            late = time.monotonic() - saved > 60 * config.checkpoint_minutes  # clocks differ
+            bad, stop, due, wanted = distributed.any_process_each(bool(step.bad), bool(signals), late, asked.taken())
+            bad_files.add(distributed.union(step.bad) if bad else {})
             epoch = (step.number - 1) // job.steps_per_epoch
             epoch_ends = step.number % job.steps_per_epoch == 0
             if epoch_ends:
@@ -250,8 +259,6 @@ def watch(job: Job, folder: RunFolder, onlooker: Onlooker) -> None:
             if job.method.phase != step.phase:  # the steps to come take another time, and mean something else
                 estimate_at = step.number + ESTIMATE_AFTER
                 window.drop_health()
-            late = time.monotonic() - saved > 60 * config.checkpoint_minutes  # clocks differ
-            stop, due, wanted = distributed.any_process_each(bool(signals), late, asked.taken())
             epoch_to_save = epoch if epoch_ends and epoch in job.saved_epochs else None
             if epoch_to_save is not None or stop or due or wanted:
                 save(job, optimizer, scaler, window, step.number, epoch_to_save)
@@ -278,6 +285,8 @@ class Window:
         self._skipped = self._in_a_row = self._used = torch.zeros((), device=job.device)
         self._health: dict[str, Tensor] = {}
         self._health_steps = 0
+        self._skips = SkippedSteps(job)
+        self._places = torch.arange(NOTED, device=job.device)
         self._clear()
         if job.restored is not None:
             self._skipped = self._skipped + job.restored["skipped"]
@@ -297,6 +306,8 @@ class Window:
         """What the next line of metrics.jsonl is made of, for a checkpoint between two lines; asks all processes."""
         sums = {name: distributed.mean(total.clone()) for name, total in self._sums.items()}
         health = {name: distributed.total(total) for name, total in self._health.items()}
+        if self._steps:
+            self._list_skips(distributed.mean(self._noted.flatten()).tolist())
         counts = {"in_a_row": float(self._in_a_row), "used": float(self._used), "health_steps": self._health_steps}
         return {**counts, "sums": sums, "health": health}
 
@@ -304,6 +315,8 @@ class Window:
         self._sums: dict[str, Tensor] = {}
         self._steps, self._waited, self._clock = 0, 0.0, time.perf_counter()
         self._used = torch.zeros((), device=self.job.device)
+        self._slot = torch.zeros((), device=self.job.device)  # skipped steps of this window
+        self._noted = torch.zeros(2, NOTED, device=self.job.device)  # which step of it, 1 the first; loss not finite
 
     def add(self, step: Step) -> None:
         logs = {name: value.float() for name, value in step.logs.items()}
@@ -314,6 +327,10 @@ class Window:
         self._skipped = self._skipped + step.skipped
         self._in_a_row = (self._in_a_row + 1) * step.skipped
         self._steps += 1
+        self._first = step.number + 1 - self._steps
+        here = (self._places == self._slot) * step.skipped  # a place for this step if it was skipped
+        self._noted = self._noted + torch.stack([here * self._steps, here * ~logs["loss"].isfinite()])
+        self._slot = self._slot + step.skipped
         self._health_steps += 1
         self._waited += step.waited
 
@@ -326,12 +343,16 @@ class Window:
 
     def read(self, step: Step) -> dict[str, Any]:
         """Means since the last call. Raises RunFailed when no step has been possible for a long time."""
-        parts = torch.stack([*self._sums.values(), self._used, self._skipped, self._in_a_row])
-        *sums, used, skipped, in_a_row = distributed.mean(parts).tolist()
+        scalars = torch.stack([*self._sums.values(), self._used, self._skipped, self._in_a_row])
+        parts = torch.cat([scalars, self._noted.flatten()])
+        read = distributed.mean(parts).tolist()
+        *sums, used, skipped, in_a_row = read[: -2 * NOTED]
+        self._list_skips(read[-2 * NOTED :])
         seconds = time.perf_counter() - self._clock
         if in_a_row >= SKIPS_IN_A_ROW:
             raise RunFailed(
-                f"no finite gradient in {in_a_row:.0f} steps; try a lower --max-lr or --precision fp32{go_on(self.job)}"
+                f"no finite gradient in {in_a_row:.0f} steps; try a lower --max-lr or --precision fp32, and look at "
+                f"the images in {self._skips.path}{go_on(self.job)}"
             )
         means = {name: total / max(used, 1) for name, total in zip(self._sums, sums)}
         values = {name: mean if used and math.isfinite(mean) else None for name, mean in means.items()}
@@ -347,6 +368,12 @@ class Window:
         }
         self._clear()
         return record
+
+    def _list_skips(self, noted: list[float]) -> None:
+        """List the steps in `_noted`, once."""
+        pairs = zip(noted[:NOTED], noted[NOTED:])
+        self._skips.add([(self._first - 1 + round(nth), not bad_loss) for nth, bad_loss in pairs if nth])
+        self._noted = torch.zeros_like(self._noted)
 
     def drop_health(self) -> None:
         """Begin the sums for monitor.health again."""
@@ -370,8 +397,14 @@ def optimizer_and_scaler(job: Job) -> tuple[torch.optim.Optimizer, torch.amp.Gra
     optimizer = torch.optim.AdamW(groups, lr=job.config.max_lr, betas=job.method.betas, fused=True)
     scaler = torch.amp.GradScaler(job.device.type, enabled=job.config.precision == "fp16")
     if job.restored is not None:
-        optimizer.load_state_dict(job.restored["optimizer"])
-        scaler.load_state_dict(job.restored["scaler"])
+        try:
+            optimizer.load_state_dict(job.restored["optimizer"])
+            for weight, moments in optimizer.state.items():
+                if any(t.shape not in (weight.shape, ()) for t in moments.values()):
+                    raise ValueError(f"moments of a weight {list(weight.shape)} are of another shape")
+            scaler.load_state_dict(job.restored["scaler"])
+        except Exception as error:  # of what anybody may have written into it
+            raise InputError(f"{job.config.resume_checkpoint} is damaged: its optimizer: {one_line(error)}") from error
     return optimizer, scaler
 
 
@@ -396,7 +429,7 @@ def filled_cache(job: Job) -> RamCache | None:
 
 
 def loader(job: Job, cache: RamCache | None = None) -> Iterable[Batch]:
-    """The batches of all steps that are left."""
+    """The batches of all steps that are left, though processes that read images are lost."""
     config = job.config
     views, masks = job.method.views(), job.method.masks()
     dataset = StreamDataset(job.source, views, masks, config.seed, config.images_a_step, config.channels)
@@ -413,7 +446,11 @@ def loader(job: Job, cache: RamCache | None = None) -> Iterable[Batch]:
         distributed.rank(),
         distributed.processes(),
     )
-    return make_loader(dataset, batches, config.workers, pin=job.device.type == "cuda")
+
+    def from_pass(done: int) -> DataLoader:
+        return make_loader(dataset, replace(batches, done=done), config.workers, pin=job.device.type == "cuda")
+
+    return lasting(from_pass, job.source.name, say)
 
 
 def compiled_and_parallel(job: Job) -> nn.Module:
@@ -470,13 +507,18 @@ def save(
 ) -> None:
     """Write checkpoint_last.pt and, after an epoch that is kept, its encoders and checkpoint.
 
-    Raises RunFailed when the disk does not take them; what was written before is intact.
+    Raises RunFailed when the disk does not take them, and for weights that are not finite, which skipping steps does
+    not let happen but a method of one's own may; what was written before is intact.
     """
     open_window = window.state()
     if not distributed.is_main():
         return
     config, folder = asdict(job.config), job.folder
     about = {"config": config, "step": step, "epoch": (step - 1) // job.steps_per_epoch}
+    if name := first_not_finite(job.method, optimizer):
+        raise RunFailed(
+            f"{name} is not finite, so it was not saved; try a lower --max-lr or --precision fp32{go_on(job)}"
+        )
     try:
         if epoch is not None:
             for name, encoder in job.method.encoders.items():
@@ -501,5 +543,16 @@ def save(
         )
         if epoch is not None:
             checkpoint.prune(folder, job.config.keep)
-    except (OSError, RuntimeError) as error:
-        raise RunFailed(f"cannot write to {folder}: {one_line(error)}; make room{go_on(job)}") from error
+    except OSError as error:
+        raise RunFailed(of_writing(error, folder) + go_on(job)) from error
+
+
+def first_not_finite(method: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """The name of a part of the state that is not finite, "" if all is; waits for the device once."""
+    state = method.state_dict()
+    for number, moments in optimizer.state_dict()["state"].items():
+        state |= {f"the optimizer's {name} of parameter {number}": value for name, value in moments.items()}
+    state = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    device = next(method.parameters()).device
+    finite = torch.stack([value.isfinite().all().to(device) for value in state.values()])
+    return next((name for name, whole in zip(state, finite.tolist()) if not whole), "")

@@ -6,9 +6,13 @@ import importlib.util
 import os
 import pkgutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from data2vec_vision.checkpoint import read_training
 from data2vec_vision.config import TrainConfig, flag, from_json
@@ -16,6 +20,7 @@ from data2vec_vision.errors import InputError, one_line
 from data2vec_vision.knobs import choices, knobs, knobs_from
 from data2vec_vision.methods.base import Method
 from data2vec_vision.recipes import command_options, packed
+from data2vec_vision.untrusted import check_description, check_shapes
 from data2vec_vision.vit import build_vit
 
 _files: set[str] = set()  # the modules that are files of the user's
@@ -50,10 +55,39 @@ def load_method(path: str | os.PathLike[str], map_location: Any = "cpu") -> Meth
     config = TrainConfig(**from_json(content["config"], str(path)))
     described = content["encoders"]["student"]["encoder"]
     method_class = find(config.method)
-    vit = build_vit(described["model"], **described["arguments"])
-    method = method_class(vit, **knobs_from(method_class.Config, config, config.method))
+    knobs = knobs_from(method_class.Config, config, config.method)
+
+    def build() -> VisionTransformer:
+        return build_vit(described["model"], **described["arguments"])
+
+    try:
+        check_description(described, content["encoders"]["student"]["state_dict"])
+        if (twin := without_memory(method_class, build, knobs)) is not None:
+            check_shapes(twin, content["method_state"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged: {one_line(error)}") from error
+    method = method_class(build(), **knobs)
     method.load_content(content, path)
     return method.to(map_location).eval()
+
+
+def without_memory(
+    method_class: type[Method], build: Callable[[], VisionTransformer], values: dict[str, Any]
+) -> Method | None:
+    """The method with the knobs `values` and an encoder, to see their sizes: no memory is taken for their numbers.
+
+    None for a user's own that cannot be built so.
+    """
+    with torch.device("meta"):
+        vit = build()
+        try:
+            return method_class(vit, **values)
+        except InputError:
+            raise
+        except Exception:
+            if method_class.__module__.startswith(__name__):
+                raise
+            return None
 
 
 def _import_file(path: Path) -> ModuleType:

@@ -15,7 +15,7 @@ from timm.optim import param_groups_weight_decay
 from torch import Generator, Tensor, nn
 
 from data2vec_vision import distributed
-from data2vec_vision.checkpoint import load_encoder
+from data2vec_vision.checkpoint import check_transform, load_encoder, warn_of_broken
 from data2vec_vision.config import Facts
 from data2vec_vision.ema import ema_update
 from data2vec_vision.errors import InputError, one_line
@@ -117,6 +117,7 @@ class Method(nn.Module):
         Raises ValueError for a file that another method wrote, naming that method.
         """
         encoder, content = load_encoder(path, map_location)
+        warn_of_broken(encoder.state_dict(), path)
         ours = cls.__module__.rpartition(".")[2]
         if Path(content["method"]).stem != ours:
             raise InputError(f"{path} was trained with {content['method']}, not {ours}: load it with d2v.load(path)")
@@ -148,12 +149,13 @@ class Method(nn.Module):
         """
         try:
             self.load_state_dict(content["method_state"])
-        except RuntimeError as error:
+            for name, encoder in self.encoders.items():
+                encoder.transform = ImageTransform.from_dict(content["encoders"][name]["transform"])
+                check_transform(encoder)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"the weights in {path} are of another shape, or of another version of this program: {one_line(error)}"
             ) from error
-        for name, encoder in self.encoders.items():
-            encoder.transform = ImageTransform.from_dict(content["encoders"][name]["transform"])
 
     def describe(self) -> str:
         """What the method will do, in one line for the plan: views, masks, target."""

@@ -96,14 +96,14 @@ class Data2Vec2(MeanOfBlocks):
             None, "how many of the last blocks are averaged into the target; none: all", "[1, inf)", "10 of 12", "k"
         )
         mask_ratio: float = knob(0.8, "share of the patches that a mask hides", "(0, 1)", "0.8", "mask_erase_pct")
-        n_masks: int = knob(8, "masks an image; train takes 2 in runs of less than 5,000 steps", "[1, inf)", "16")
+        n_masks: int = knob(8, "masks an image; train takes 2 in runs of less than 5,000 steps", "[1, 1000]", "16")
         mask_adjust: float = knob(0.07, "share of the grid that blocks cover beyond what is kept", "[0, 1)", "0.07")
         block_size: int | None = knob(
             None, "side of a kept block, in patches; none: 3, or 1 below 12 patches a side", "[1, inf)", "3"
         )
         decoder_dim: int | None = knob(None, "width of the decoder; none: the encoder's", "[1, inf)", "768")
         decoder_depth: int | None = knob(
-            None, "convolutions of the decoder; none: 6, or 3 below 12 patches a side", "[1, inf)", "6"
+            None, "convolutions of the decoder; none: 6, or 3 below 12 patches a side", "[1, 1000]", "6"
         )
         decoder_kernel: Literal[3, 5, 7] = knob(3, "side of a convolution's kernel", paper="3")
         class_token_weight: float = knob(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
@@ -87,12 +88,12 @@ class IJEPA(MeanOfBlocks):
         target_output: Literal["ffn", "last"] = knob(
             "ffn", "what of the teacher is predicted: the mean of all feed-forward outputs, or its last", paper="last"
         )
-        n_targets: int = knob(4, "target blocks an image", "[1, inf)", "4")
+        n_targets: int = knob(4, "target blocks an image", "[1, 1000]", "4")
         context_ratio: float = knob(0.25, "share of the patches in the context", "(0, 1)", "about 0.25, by its batches")
         official_sampler: bool = knob(False, "sample blocks as the published code does, biases included", paper="true")
         predictor_dim: int | None = knob(None, "width of the predictor; none: half the encoder's", "[4, inf)", "384")
         predictor_depth: int | None = knob(
-            None, "blocks of the predictor; none: half the encoder's", "[1, inf)", "6 to 16"
+            None, "blocks of the predictor; none: half the encoder's", "[1, 1000]", "6 to 16"
         )
         beta: float = knob(1.0, "error at which smooth L1 turns from square to straight", "[0, inf)", "1", "beta")
         tau_initial: float = knob(0.996, "the teacher's EMA factor at the start", "[0, 1]", "0.996", "tau_initial")
@@ -169,8 +170,9 @@ class IJEPA(MeanOfBlocks):
         c, draw, (rows, columns) = self.config, self.masks(), self.student.grid
         generators = [(Generator().manual_seed(seed), Generator().manual_seed(seed)) for seed in range(20)]
         if c.official_sampler:
-            for pair in generators:
-                draw(*pair)
+            with torch.device("cpu"):  # also where the method is built without memory
+                for pair in generators:
+                    draw(*pair)
         elif self.n_context > largest_context(self.student.grid) or (
             c.n_targets > 1 and all((q == q[0]).all() for q in (draw(*pair)["query"] for pair in generators))
         ):  # all targets at one place is the last resort of the sampler

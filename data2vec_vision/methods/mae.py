@@ -53,7 +53,7 @@ class MAE(Method):
             None, "width of the decoder; none: two thirds of the encoder's", "[4, inf)", "512"
         )
         decoder_depth: int | None = knob(
-            None, "blocks of the decoder; none: 8 from width 768 on, else 4", "[1, inf)", "8"
+            None, "blocks of the decoder; none: 8 from width 768 on, else 4", "[1, 1000]", "8"
         )
         decoder_heads: int | None = knob(None, "heads of the decoder; none: of 32 channels", "[1, inf)", "16")
         crop_min: float = knob(0.2, "smallest share of the image that a crop keeps", "(0, 1]", "0.2")

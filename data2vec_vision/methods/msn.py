@@ -52,7 +52,7 @@ class MSN(Method):
         mask_ratio: float = knob(
             0.15, "share of the anchor's patches that is left out", "(0, 1)", "0.15 (ViT-S/16) to 0.7", "mask_erase_pct"
         )
-        n_focal: int | None = knob(None, "small crops an image; none: 10, fewer on small images", "[0, inf)", "10")
+        n_focal: int | None = knob(None, "small crops an image; none: 10, fewer on small images", "[0, 1000]", "10")
         n_prototypes: int = knob(1024, "how many prototypes", "[2, inf)", "1024")
         temperature: float = knob(0.1, "temperature of the assignments", "(0, inf)", "0.1")
         sharpening: float = knob(0.25, "the targets' temperature, as a share of that", "(0, 1]", "0.25")

@@ -36,7 +36,7 @@ class SwAV(Method):
 
     @dataclass(frozen=True)
     class Config(Method.Config):
-        n_local: int | None = knob(None, "small crops an image; none: 6, fewer on small images", "[0, inf)", "6")
+        n_local: int | None = knob(None, "small crops an image; none: 6, fewer on small images", "[0, 1000]", "6")
         n_prototypes: int = knob(256, "how many prototypes", "[2, inf)", "3000")
         temperature: float = knob(0.1, "temperature of the predictions", "(0, inf)", "0.1")
         epsilon: float = knob(0.03, "temperature of the assignments", "(0, inf)", "0.05")

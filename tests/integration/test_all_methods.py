@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, metrics, same_state
-from test_processes import torchrun
 from test_resume import signal_after, untimed
 
 import data2vec_vision as d2v
@@ -127,19 +126,6 @@ def test_a_resumed_run_in_other_slices_says_whether_that_changes_it(cli, images,
     code, out, err = cli("train", "--resume-checkpoint", "a/checkpoint_last.pt", "--batch-size", 2)
     assert code == 0 and "2 passes of 2" in out, err
     assert ("saw 4 images a pass before: this changes the run" in out) == (name in ("msn", "swav"))
-
-
-@pytest.mark.parametrize("name", ["data2vec2", "msn", "swav"])
-def test_two_processes_make_the_run_of_one(cli, images, name):
-    """Noise, batch norm, Sinkhorn, mean entropy and queue are those of all images of the pass."""
-    run(cli, images, name, "one")
-    options = [*TINY, "--epochs", 2, "--method", name, *OPTIONS[name]]
-    process = torchrun(2, "train", images, *options, "--checkpoint-out-dir", "two")
-    assert process.returncode == 0, process.stderr
-    for one, two in zip(metrics("one"), metrics("two"), strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
-        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=2e-2)
-        assert two.get("prototypes_used") == one.get("prototypes_used")
 
 
 def test_attention_is_plain_in_decoders_too(images):

@@ -284,7 +284,7 @@ def test_a_method_that_is_gone_and_a_file_of_ones_own(cli, photos, tiny_vit):
     d2v.save_encoder(d2v.MaskedVisionTransformer(tiny_vit()), "own.pt", "my_method.py")
     code, out, err = cli("evaluate", "own.pt", photos[0], *FAST)
     assert code == 0, err
-    assert "by timm's initialisation, for the method my_method.py is not there" in " ".join(out.split())
+    assert "by timm's initialisation, for the method my_method.py is no part of this package" in " ".join(out.split())
 
 
 def test_many_classes_are_told_by_the_worst_and_the_pairs_most_confused(cli, student):

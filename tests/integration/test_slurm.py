@@ -61,15 +61,15 @@ def test_the_job_script_requeues_itself_and_makes_the_run_of_one_job(cli, images
     }
     log = open("log", "a")
     job = subprocess.Popen(["sbatch", "job.sh"], env=environment, stdout=log, stderr=log)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while job.poll() is None and time.monotonic() < deadline and lines("job") < 4:
         time.sleep(0.05)
     os.kill(job.pid, signal.SIGUSR1)
-    assert job.wait(60) == 0, Path("log").read_text()
+    assert job.wait(300) == 0, Path("log").read_text()
     assert Path("requeued").read_text() == f"{number}\n"
     step = torch.load("job/checkpoint_last.pt", weights_only=True)["step"]
     assert 4 <= step < 24 and f"Stopped after step {step};" in Path("log").read_text()
-    assert subprocess.run(["sbatch", "job.sh"], env=environment, stdout=log, stderr=log, timeout=60).returncode == 0
+    assert subprocess.run(["sbatch", "job.sh"], env=environment, stdout=log, stderr=log, timeout=300).returncode == 0
     assert f"of step {step}; the run goes on from there" in Path("log").read_text()
     assert Path("requeued").read_text() == f"{number}\n"
     assert cli("train", *options, "whole")[0] == 0

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from data2vec_vision import checkpoint
+from data2vec_vision.contents import CONTENT, STUDENT, TRAINING
 from data2vec_vision.errors import InputError
 from data2vec_vision.methods.data2vec import Data2Vec
 from data2vec_vision.transforms import ImageTransform
@@ -136,16 +137,16 @@ def test_readers_of_a_file_being_replaced_see_the_old_or_the_new_one(tmp_path):
 
 def training(step):
     """What a training checkpoint must have, of a run that has done so many steps."""
-    return dict.fromkeys(checkpoint.CONTENT[checkpoint.TRAINING], 0) | {"step": step}
+    return dict.fromkeys(CONTENT[TRAINING], 0) | {"step": step}
 
 
 def test_the_checkpoint_of_an_epoch_stays_when_the_last_one_moves_on(tmp_path):
     checkpoint.save_training(tmp_path, 4, training(1))
     checkpoint.save_training(tmp_path, None, training(2))
-    assert checkpoint.read_training(tmp_path / "checkpoint_4.pt")["step"] == 1
-    assert checkpoint.read_training(tmp_path / "checkpoint_last.pt")["step"] == 2
+    assert checkpoint.read(tmp_path / "checkpoint_4.pt")["step"] == 1
+    assert checkpoint.read(tmp_path / "checkpoint_last.pt")["step"] == 2
     checkpoint.save_training(tmp_path, 4, training(3))
-    assert checkpoint.read_training(tmp_path / "checkpoint_4.pt")["step"] == 3
+    assert checkpoint.read(tmp_path / "checkpoint_4.pt")["step"] == 3
     assert sorted(os.listdir(tmp_path)) == ["checkpoint_4.pt", "checkpoint_last.pt"]
 
 
@@ -155,7 +156,7 @@ def test_on_a_file_system_without_links_the_checkpoint_is_written_twice(tmp_path
 
     monkeypatch.setattr(os, "link", no_links)
     checkpoint.save_training(tmp_path, 4, training(1))
-    assert checkpoint.read_training(tmp_path / "checkpoint_4.pt")["step"] == 1
+    assert checkpoint.read(tmp_path / "checkpoint_4.pt")["step"] == 1
 
 
 @pytest.mark.parametrize("kind", ["student", "timm .pt", "timm .safetensors", "wrapped"])
@@ -217,7 +218,7 @@ def test_a_damaged_file_is_refused_whatever_its_bytes(student, tmp_path):
     assert refused >= 20
 
 
-@pytest.mark.parametrize("kind", [checkpoint.STUDENT, checkpoint.TRAINING])
+@pytest.mark.parametrize("kind", [STUDENT, TRAINING])
 def test_a_file_that_lacks_something_names_it(tmp_path, kind):
     torch.save({"format": kind, "version": 1, "method": "data2vec"}, tmp_path / "a.pt")
     with pytest.raises(InputError, match="is damaged: it lacks"):

@@ -19,6 +19,7 @@ from data2vec_vision.errors import InputError
 from data2vec_vision.methods.msn import MSN
 from data2vec_vision.methods.swav import SwAV
 from data2vec_vision.prototypes import mean_entropy_gap, prototype_use, sinkhorn
+from data2vec_vision.train import clip_and_step
 from data2vec_vision.vit import build_vit
 
 
@@ -322,3 +323,20 @@ def test_steps_of_swav_with_its_queue_in_two_processes_are_those_of_one(two, que
     torch.testing.assert_close(torch.cat([r[0] for r in results], dim=1), one[0], rtol=1e-8, atol=1e-10)
     same_in_both([r[1:] for r in results], one[1:], rtol=1e-8, atol=1e-10)
     assert one[4] == queue_length
+
+
+def spoilt_step():
+    """A step in which only the second process has a loss that is not a number."""
+    torch.manual_seed(0)
+    linear = nn.Linear(3, 2)
+    parallel = DistributedDataParallel(linear)
+    optimizer = torch.optim.AdamW(linear.parameters(), fused=True)
+    before = linear.weight.detach().clone()
+    x = torch.full((4, 3), float("nan") if distributed.rank() == 1 else 1.0)
+    parallel(x).mean().backward()
+    _, skipped = clip_and_step(optimizer, torch.amp.GradScaler("cpu", enabled=False), linear, 1.0)
+    return skipped.item(), torch.equal(before, linear.weight)
+
+
+def test_processes_skip_a_step_together(two):
+    assert two(spoilt_step) == [(1.0, True), (1.0, True)]

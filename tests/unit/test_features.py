@@ -62,7 +62,10 @@ def test_what_began_from_other_weights_or_knows_no_run_has_a_random_twin(images,
     save_encoder(MaskedVisionTransformer(tiny_vit()), "own.pt", "my_method.py")
     encoder, content = load_encoder("own.pt")
     twin, words = untrained_twin(encoder, content, 3)
-    assert words == "weights drawn with seed 3, by timm's initialisation, for the method my_method.py is not there"
+    assert (
+        words
+        == "weights drawn with seed 3, by timm's initialisation, for the method my_method.py is no part of this package"
+    )
     assert not same(twin, encoder)
 
 

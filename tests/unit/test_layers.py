@@ -48,8 +48,11 @@ MODELS_AND_DATA = [
     "sources",
     "normalization",
     "survey",
+    "loading",
     "data",
     "ramcache",
+    "untrusted",
+    "contents",
     "checkpoint",
     "pictures",
 ]
@@ -58,6 +61,7 @@ SAMPLES = ["samples", "samples.make"]
 METHODS = ["methods.base", "methods.latent", *(f"methods.{name}" for name in METHOD_NAMES), "methods"]
 JOBS = [
     "run",
+    "failures",
     "resume",
     "labels",
     "partial",
@@ -70,6 +74,7 @@ JOBS = [
     "findings",
     "evaluate",
     "plan",
+    "skips",
     "figures",
     "messages",
     "loggers",

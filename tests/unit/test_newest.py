@@ -6,15 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from data2vec_vision import checkpoint, resume
+from data2vec_vision import checkpoint, contents, resume
 from data2vec_vision.config import TrainConfig
 from data2vec_vision.errors import InputError
 
 
 def write(name, step):
     """A training checkpoint as far as it is looked into here."""
-    content = dict.fromkeys(checkpoint.CONTENT[checkpoint.TRAINING])
-    content |= {"format": checkpoint.TRAINING, "version": checkpoint.VERSION, "step": step}
+    encoder = {"encoder": {}, "state_dict": {}, "mask_token": None, "transform": {}, "pool": "mean"}
+    empty = {part: {} for part in ("config", "optimizer", "scaler", "environment")}
+    content = {"format": contents.TRAINING, "version": contents.VERSION, "method": "mae", "step": step, "skipped": 0,
+               "segments": ((0, 100),), "window": {"in_a_row": 0.0, "used": 0.0, "sums": {}}, "n_images": 9,
+               "fingerprint": "", "encoders": {"student": encoder}, **empty}  # fmt: skip
     checkpoint.save(name, content | {"method_state": {"weight": torch.full((1000,), 0.1234567)}})
     return Path(name)
 
