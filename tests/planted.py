@@ -1228,7 +1228,7 @@ DEFECTS = [
     ("PostScript named as an image is run", "images.py", ", formats=[name for name in Image.ID if name not in UNDECODABLE]", "",
      UNIT + "bad_images.py::test_each_is_read_right_or_said"),
     ("names break lines of errors", "errors.py", "super().__init__(message.translate(ESCAPES))", "super().__init__(message)",
-     UNIT + "fuzz.py::test_damaged_files_are_read_or_refused"),
+     UNIT + "bad_images.py::test_an_error_is_one_line_whatever_a_name_holds"),
     ("places of a damaged table are believed", "tables.py", "column.validate(full=True)", "pass",
      UNIT + "bad_images.py::test_places_that_lie_in_a_table"),
 ]  # fmt: skip

@@ -518,3 +518,10 @@ def test_places_that_lie_in_a_table(tmp_path):
         (tmp_path / "t.arrow").write_bytes(data.replace(ends, struct.pack("<iii", *lie)))
         with pytest.raises(InputError, match="no table that can be read"):
             open_source(tmp_path / "t.arrow")
+
+
+def test_an_error_is_one_line_whatever_a_name_holds(tmp_path):
+    (tmp_path / "l.csv").write_bytes(b'path\n"a\nb\r\x1b[2J.png"\n')
+    with pytest.raises(InputError, match=r"a\\nb\\r\\x1b\[2J.png") as caught:
+        open_source(tmp_path / "l.csv")
+    assert str(caught.value).isprintable()
