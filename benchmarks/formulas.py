@@ -24,7 +24,7 @@ from data2vec_vision.transforms import local_crop_size
 
 SINKHORN_ITERATIONS = 3
 FP32, FP64 = 4, 8  # bytes
-FLAGS = 4  # a step
+FLAGS = 4  # of a step, sent together: a bad file, a signal, a checkpoint that is due, one that is asked for
 
 
 class Sent(NamedTuple):
@@ -175,7 +175,7 @@ def steps(method: Method, batch: int, grad_accum: int, processes: int) -> dict[s
     """
     sums = {
         "gradients": Sent(1, gradient_bytes(method)),
-        "flags": Sent(FLAGS, FLAGS * 8),  # a bad file, a signal, a checkpoint that is due or asked for; int64
+        "flags": Sent(1, FLAGS * 4),  # int32
     }
     if isinstance(method, MeanOfBlocks) and method.position_mean is not None and not method.on_pixels:
         sums["centre of targets"] = Sent(1, method.position_mean.mean.numel() * FP32)

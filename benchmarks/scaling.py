@@ -15,7 +15,7 @@ import argparse
 from dataclasses import dataclass
 
 import torch
-from formulas import FLAGS, Flops, Sent, a_step, flops, sent_by_ring
+from formulas import Flops, Sent, a_step, flops, sent_by_ring
 
 from data2vec_vision import methods
 
@@ -79,7 +79,7 @@ def case(name: str, of: Flops, sent: dict[str, Sent], gpus: int, images_a_step: 
     each = images_a_step / gpus
     step = each / rate
     link = NVLINK if gpus <= cluster.gpus_a_machine else min(NVLINK, cluster.machine_link_gbit / 8 * 1e9)
-    flags = FLAGS * 2 * (gpus - 1) * cluster.hop_us * 1e-6  # gloo's ring goes round twice, to sum and to tell
+    flags = 2 * (gpus - 1) * cluster.hop_us * 1e-6  # gloo's ring goes round twice, to sum and to tell
     statistics = sum(part.calls for what, part in sent.items() if what not in ("gradients", "flags"))
     shares = {
         "decoding": rate / DECODED[name] / cluster.cores_per_gpu,

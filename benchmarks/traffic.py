@@ -37,7 +37,7 @@ COUNTED_STEPS = 4
 # What a collective is for, by the function that asks for it.
 PURPOSES = {
     "average_gradients": "gradients",
-    "any_process": "flags",
+    "any_process_each": "flags",
     "sinkhorn": "Sinkhorn",
     "mean_entropy_gap": "mean entropy",
     "prototype_use": "prototypes in use",

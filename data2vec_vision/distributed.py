@@ -318,13 +318,8 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 def union(found: dict[int, str]) -> dict[int, str]:
-    """The entries that any process has, in every process; costs one flag where there is none."""
-    if not any_process(bool(found)):
-        return found
-    everyone: list[dict[int, str]] = [found] * processes()
-    if dist.is_initialized():
-        dist.all_gather_object(everyone, found)
-    return {index: reason for part in everyone for index, reason in part.items()}
+    """The entries that any process has, in every process."""
+    return {index: reason for part in everyone(found) for index, reason in part.items()}
 
 
 def any_process(flag: bool) -> bool:

@@ -238,7 +238,9 @@ def watch(job: Job, folder: RunFolder, onlooker: Onlooker) -> None:
         for step in training_steps(job, optimizer, scaler, cache):
             left = progress.step(step.number)
             window.add(step)
-            bad_files.add(distributed.union(step.bad))
+            late = time.monotonic() - saved > 60 * config.checkpoint_minutes  # clocks differ
+            bad, stop, due, wanted = distributed.any_process_each(bool(step.bad), bool(signals), late, asked.taken())
+            bad_files.add(distributed.union(step.bad) if bad else {})
             epoch = (step.number - 1) // job.steps_per_epoch
             epoch_ends = step.number % job.steps_per_epoch == 0
             if epoch_ends:
@@ -257,8 +259,6 @@ def watch(job: Job, folder: RunFolder, onlooker: Onlooker) -> None:
             if job.method.phase != step.phase:  # the steps to come take another time, and mean something else
                 estimate_at = step.number + ESTIMATE_AFTER
                 window.drop_health()
-            late = time.monotonic() - saved > 60 * config.checkpoint_minutes  # clocks differ
-            stop, due, wanted = distributed.any_process_each(bool(signals), late, asked.taken())
             epoch_to_save = epoch if epoch_ends and epoch in job.saved_epochs else None
             if epoch_to_save is not None or stop or due or wanted:
                 save(job, optimizer, scaler, window, step.number, epoch_to_save)
@@ -306,7 +306,8 @@ class Window:
         """What the next line of metrics.jsonl is made of, for a checkpoint between two lines; asks all processes."""
         sums = {name: distributed.mean(total.clone()) for name, total in self._sums.items()}
         health = {name: distributed.total(total) for name, total in self._health.items()}
-        self._list_skips(distributed.mean(self._noted.flatten()).tolist())
+        if self._steps:
+            self._list_skips(distributed.mean(self._noted.flatten()).tolist())
         counts = {"in_a_row": float(self._in_a_row), "used": float(self._used), "health_steps": self._health_steps}
         return {**counts, "sums": sums, "health": health}
 
