@@ -1212,6 +1212,22 @@ DEFECTS = [
      RUN + "disk.py::test_a_limit_of_file_sizes"),
     ("a line that did not fit on the disk hides the reason", "run.py", "with contextlib.suppress(OSError):\n                    file.close()", "file.close()",
      RUN + "disk.py::test_no_room_for_a_line_of_metrics"),
+    ("strides of 0 are believed", "untrusted.py", "tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()", "False",
+     RUN + "hostile_files.py::test_a_hostile_student_is_one_line"),
+    ("weights may be compressed within", "untrusted.py", "if size > os.path.getsize(path):", "if False:",
+     RUN + "hostile_files.py::test_a_hostile_student_is_one_line"),
+    ("checksums of weights are not compared", "untrusted.py", "    if damaged:\n", "    if False:\n",
+     RUN + "hostile_files.py::test_a_hostile_student_is_one_line"),
+    ("judging weights runs the method that they name", "features.py", 'if content["method"] in methods.names():', "if True:",
+     RUN + "hostile_files.py::test_to_judge_weights_runs_no_method_that_they_name"),
+    ("a link to itself ends the search for images", "folders.py", "    try:\n        return entry.is_dir()\n    except OSError:\n        return False", "    return entry.is_dir()",
+     UNIT + "bad_images.py::test_a_folder_of_all_kinds"),
+    ("PostScript named as an image is run", "images.py", ", formats=[name for name in Image.ID if name not in UNDECODABLE]", "",
+     UNIT + "bad_images.py::test_each_is_read_right_or_said"),
+    ("names break lines of errors", "errors.py", "super().__init__(message.translate(ESCAPES))", "super().__init__(message)",
+     UNIT + "bad_images.py::test_an_error_is_one_line_whatever_a_name_holds"),
+    ("places of a damaged table are believed", "tables.py", "column.validate(full=True)", "pass",
+     UNIT + "bad_images.py::test_places_that_lie_in_a_table"),
 ]  # fmt: skip
 
 

@@ -502,3 +502,26 @@ def test_files_that_go_or_shrink_while_they_are_used(tmp_path):
         assert isinstance(read_image(source, n), str)
         os.unlink(path)
         assert read_image(source, n) == "no such file, or a link to one"
+
+
+def test_places_that_lie_in_a_table(tmp_path):
+    """The ends of the values in a column, replaced by others: what they point at is not there."""
+    pyarrow = pytest.importorskip("pyarrow")
+    column = pyarrow.array([b"a" * 1000, b"b" * 500], pyarrow.binary())
+    rows = pyarrow.table({"image": column})
+    with pyarrow.ipc.new_stream(str(tmp_path / "t.arrow"), rows.schema) as stream:
+        stream.write_table(rows)
+    data = (tmp_path / "t.arrow").read_bytes()
+    ends = struct.pack("<iii", 0, 1000, 1500)
+    assert data.count(ends) == 1
+    for lie in ((0, 1000, 2**30), (0, -1000, 1500), (1500, 1000, 0)):
+        (tmp_path / "t.arrow").write_bytes(data.replace(ends, struct.pack("<iii", *lie)))
+        with pytest.raises(InputError, match="no table that can be read"):
+            open_source(tmp_path / "t.arrow")
+
+
+def test_an_error_is_one_line_whatever_a_name_holds(tmp_path):
+    (tmp_path / "l.csv").write_bytes(b'path\n"a\nb\r\x1b[2J.png"\n')
+    with pytest.raises(InputError, match=r"a\\nb\\r\\x1b\[2J.png") as caught:
+        open_source(tmp_path / "l.csv")
+    assert str(caught.value).isprintable()
