@@ -163,14 +163,14 @@ def same(a: tuple, b: tuple) -> bool:
 
 
 def survive(kinds: list[Kind], kills: int, place: Path, chance: random.Random) -> None:
-    """Runs of all kinds in turn, until so many kills have hit."""
+    """Runs of all kinds in turn, until each has ended and so many kills have hit."""
     # Everything is done in processes of their own: what was computed in this one would not survive a fork.
     begin = time.monotonic()
     whole = place / "whole"
     code = ended(started(["train", *kinds[0].options, "--checkpoint-out-dir", str(whole)], place / "whole.log"))
     assert code == 0, (place / "whole.log").read_text()
     seconds, expected, number = time.monotonic() - begin, result(whole), 0
-    while sum(kind.kills for kind in kinds) < kills:
+    while sum(kind.kills for kind in kinds) < kills or not all(kind.runs for kind in kinds):
         kind = kinds[number % len(kinds)]
         folder = place / f"run{number}"
         number += 1
