@@ -1,5 +1,6 @@
 """Processes that read images may be killed or hang: the batches are the same, or the error names the image."""
 
+import faulthandler
 import os
 import signal
 import time
@@ -44,7 +45,11 @@ def hang():
 
 
 def die(number):
-    return lambda: os.kill(os.getpid(), number)
+    def killed():
+        faulthandler.disable()  # pytest's, which would print where
+        os.kill(os.getpid(), number)
+
+    return killed
 
 
 def batches(dataset, workers=2, tell=None):
