@@ -30,7 +30,7 @@ from PIL import Image
 
 from data2vec_vision.__main__ import main as command_line
 
-STEPS, OF_EPOCH = 60, 6
+STEPS, OF_EPOCH = 30, 6
 TINY = ["--image-size", "16", "--patch-size", "4", "--hidden-dim", "32", "--n-heads", "2", "--n-encoders", "2",
         "--batch-size", "4", "--epochs", str(STEPS // OF_EPOCH), "--precision", "fp32", "--log-every", "1", "--no-report",
         "--no-tensorboard", "--dropout", "0.1", "--resume-checkpoint", "auto"]  # fmt: skip
