@@ -8,6 +8,7 @@ takes positions [t*G, (t+1)*G), G images a step. What is random about position p
 import os
 import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -173,6 +174,10 @@ def start_worker(worker: int) -> None:
     """
     if len(os.fsencode(tempfile.gettempdir())) > LONGEST_TMPDIR and os.path.isdir("/tmp"):
         tempfile.tempdir = "/tmp"
+    if threading.current_thread() is threading.main_thread():
+        signal.set_wakeup_fd(
+            -1
+        )  # of the process that this one was forked from, which would take the signal for its own
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):  # asks the main process to save
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)

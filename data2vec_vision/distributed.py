@@ -247,10 +247,7 @@ def from_main(make: Callable[[], T]) -> T:
 
 def mean(values: Tensor) -> Tensor:
     """The mean of `values` over the processes."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-        values = values / processes()
-    return values
+    return total(values) / processes() if dist.is_initialized() else values
 
 
 def total(values: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The ways a run can end early, each an exit code of the command line; and images that cannot be read."""
 
+import errno
 import functools
 import logging
 import reprlib
@@ -9,6 +10,13 @@ from contextlib import contextmanager
 
 # A name may hold line breaks, and what a terminal takes for commands; whoever reads it should see them.
 ESCAPES = {n: repr(chr(n))[1:-1] for n in (*range(32), 127)}
+
+
+ROOM, WRITABLE, BACK = "make room there", "make it writable", "the folder is gone, bring it back"
+REMEDIES = {  # for what a disk says
+    errno.ENOSPC: ROOM, errno.EDQUOT: ROOM, errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
+    errno.EROFS: WRITABLE, errno.EACCES: WRITABLE, errno.EPERM: WRITABLE, errno.ENOENT: BACK, errno.ESTALE: BACK,
+}  # fmt: skip
 
 
 class InputError(ValueError):
@@ -95,3 +103,9 @@ def one_line(error: BaseException) -> str:
     """`error` as a short text on one line, with its type where the text alone says little."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:300] if text else type(error).__name__
+
+
+def of_writing(error: OSError, folder: object) -> str:
+    """What to change so that the files of a run can be written to its folder."""
+    remedy = REMEDIES.get(error.errno or 0, "see that the disk works")
+    return f"cannot write to {folder}: {error.strerror or one_line(error)}; {remedy}"

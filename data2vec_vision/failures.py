@@ -3,21 +3,15 @@
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
-from data2vec_vision.errors import InputError, RunFailed, one_line
+from data2vec_vision.errors import InputError, RunFailed
 from data2vec_vision.loading import LoadingFailed
 
 # What torch says, beside errors with a type of their own: a CPU's allocator, a GPU's libraries, Apple's.
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "_ALLOC_FAILED", "MemoryError")
 IN_A_WORKER = "in DataLoader worker process"
-ROOM, WRITABLE, BACK = "make room there", "make it writable", "the folder is gone, bring it back"
-REMEDIES = {  # for what a disk says
-    errno.ENOSPC: ROOM, errno.EDQUOT: ROOM, errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
-    errno.EROFS: WRITABLE, errno.EACCES: WRITABLE, errno.EPERM: WRITABLE, errno.ENOENT: BACK, errno.ESTALE: BACK,
-}  # fmt: skip
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -27,12 +21,6 @@ def out_of_memory(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
-
-
-def of_writing(error: OSError, folder: Path) -> str:
-    """What to change so that the files of a run can be written to its folder."""
-    remedy = REMEDIES.get(error.errno or 0, "see that the disk works")
-    return f"cannot write to {folder}: {error.strerror or one_line(error)}; {remedy}"
 
 
 def of_reading(error: Exception, workers: int) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from data2vec_vision import checkpoint, methods
 from data2vec_vision.config import TrainConfig
 from data2vec_vision.device import find_device
+from data2vec_vision.distributed import processes
 from data2vec_vision.errors import InputError, Unreadable
 from data2vec_vision.extract import feature_function
 from data2vec_vision.figures import (
@@ -64,7 +65,8 @@ def draw_pictures(
         # Before anything is saved only views and masks are drawn, for which no mean matters.
         usual = ImageTransform.of_channels((1, 1), config.channels)
         transform = checkpoint.load(files[-1][1]).transform if files else usual
-        job = prepare(replace(plain, device=str(where)), transform=transform)
+        kind = where.type if processes() > 1 else str(where)  # each process has its own
+        job = prepare(replace(plain, device=kind), transform=transform)
     except InputError as error:
         return [], [f"The pictures are left out: {error}."]
     pictures = [picture("What the model saw", VIEWS, draw_views(job))]

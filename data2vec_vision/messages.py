@@ -14,8 +14,8 @@ import torch
 from data2vec_vision import distributed, shards
 from data2vec_vision.config import flag
 from data2vec_vision.device import cores, device_name, free_memory
-from data2vec_vision.errors import one_line
-from data2vec_vision.failures import of_reading, of_writing, out_of_memory
+from data2vec_vision.errors import of_writing, one_line
+from data2vec_vision.failures import of_reading, out_of_memory
 from data2vec_vision.plan import Job
 from data2vec_vision.recipes import compared, packed
 from data2vec_vision.run import BadFiles, command, duration, launched, plural, size
@@ -91,7 +91,8 @@ def describe(job: Job) -> str:
         if changed := changed_environment(job):
             lines.append(("Note", f"{changed}: the run continues, but not bit for bit"))
     needed, free = disk_needed(job), disk_free(job.folder)
-    lines.append(("Files", f"{job.folder}, {size(needed)} to write, {size(free)} free"))
+    stay = f"the last {plural(config.keep, 'checkpoint', 'checkpoints')} of an epoch stay{'s' * (config.keep == 1)}"
+    lines.append(("Files", f"{job.folder}, {size(needed)} to write, {size(free)} free; {stay}"))
     if needed > free:
         lines.append(("Note", "that is not enough room: make some, or give a larger --save-every"))
     gpus = torch.cuda.device_count() if job.device.type == "cuda" else 0

@@ -327,7 +327,9 @@ def agree(job: Job) -> None:
 
     Machines may differ, and a shared file system shows new files late.
     """
-    config = {name: value for name, value in asdict(job.config).items() if name not in MAY_DIFFER}
+    # Cadences may differ from run to run, but not here: they say when processes speak with each other.
+    own = MAY_DIFFER - {"log_every", "save_every"}
+    config = {name: value for name, value in asdict(job.config).items() if name not in own}
     transform = job.method.student.transform
     config |= {"device": job.device.type, "normalize": f"mean {transform.mean}, deviation {transform.std}"}
     mine: dict[str, Any] = {

@@ -5,7 +5,6 @@ on a file system that machines share each may see another state of the folder fo
 chose by themselves could go on from different steps. It also reads the file for all (plan.restore).
 """
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -43,24 +42,25 @@ def found(config: TrainConfig, given: Mapping[str, Any]) -> tuple[TrainConfig, M
 def newest(folder: Path) -> tuple[Path | None, int]:
     """The checkpoint of the most steps, and their number; (None, 0) where there is none to go on with.
 
-    Damaged ones are passed over, each in a line; where nothing else is there, they get another name, out of the way.
+    One that cannot be read is passed over, which is said. Raises InputError where that is so of all: they may be of a
+    newer version, or on a disk that does not answer, and a run that began anew would replace them.
     """
-    steps, damaged = {}, []
+    steps: dict[Path, int] = {}
+    unread = []
     for path in folder.glob("checkpoint_*.pt"):
         if re.fullmatch(r"checkpoint_(last|\d+)\.pt", path.name):
             try:
                 steps[path] = checkpoint.read_training(path, mmap=True)["step"]
             except InputError as error:
-                damaged.append(path)
-                say(f"note: passed over: {error}")
+                unread.append(str(error))
     if steps:  # of the same step the rolling one, whose name the user knows from other messages
+        for reason in unread:
+            say(f"note: passed over: {reason}")
         path = max(steps, key=lambda p: (steps[p], p.name))
         return path, steps[path]
-    for path in damaged:
-        aside = path.with_name(path.name + ".damaged")
-        try:
-            os.replace(path, aside)
-        except OSError as error:
-            raise InputError(f"cannot rename {path}, which is damaged: {error.strerror}; remove it") from error
-        say(f"note: {path} is now {aside.name}")
+    if unread:
+        raise InputError(
+            f"none of the checkpoints in {folder} can be read: {'; '.join(unread)}. "
+            "Mend that, or move them away to begin a fresh run"
+        )
     return None, 0

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from data2vec_vision import distributed
 from data2vec_vision.checkpoint import atomic_write
 from data2vec_vision.config import TrainConfig, to_json
-from data2vec_vision.errors import ESCAPES, InputError, RunFailed
+from data2vec_vision.errors import ESCAPES, InputError, RunFailed, of_writing
 from data2vec_vision.sources import ImageFolder
 
 try:
@@ -118,14 +118,17 @@ class RunFolder:
         for pattern in (".*.pt.*.tmp", ".checkpoint_*.pt.tmp", ".config.json.*.tmp", ".metrics.jsonl.*.tmp"):
             for leftover in self.path.glob(pattern):  # of a run that was killed while it wrote
                 leftover.unlink(missing_ok=True)
-        with atomic_write(self.path / "config.json") as file:
-            file.write(to_json(config).encode())
         metrics = self.path / "metrics.jsonl"
-        kept = [line for line in complete_lines(metrics) if step_of(line) <= step]
-        with atomic_write(metrics) as file:
-            file.write("".join(line + "\n" for line in kept).encode("utf-8", "surrogateescape"))
+        try:
+            with atomic_write(self.path / "config.json") as file:
+                file.write(to_json(config).encode())
+            kept = [line for line in complete_lines(metrics) if step_of(line) <= step]
+            with atomic_write(metrics) as file:
+                file.write("".join(line + "\n" for line in kept).encode("utf-8", "surrogateescape"))
+            self._metrics = open(metrics, "a", encoding="utf-8")
+        except OSError as error:
+            raise RunFailed(of_writing(error, self.path)) from error
         self.lines = [json.loads(line) for line in kept if '"feature_std"' in line or '"knn"' in line]
-        self._metrics = open(metrics, "a", encoding="utf-8")
 
     def log(self, record: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl."""

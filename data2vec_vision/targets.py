@@ -90,7 +90,8 @@ def target_health(target: Tensor, prediction: Tensor) -> dict[str, Tensor]:
     """For the log: the spread of targets and predictions [B, ..., D] as standard deviations, the mean over channels.
 
     `target_std` and `prediction_std` are over all tokens: a target with layer norm has unit variance whatever
-    happens; what a collapse takes away is the spread over tokens.
+    happens; what a collapse takes away is the spread over tokens. They are of the images that one
+    process sees in a pass, and less where these are fewer; the verdict's figures are of all.
     """
     return {"target_std": spread(target.detach()), "prediction_std": spread(prediction.detach())}
 

@@ -25,8 +25,7 @@ from data2vec_vision import checkpoint, distributed, resume
 from data2vec_vision.config import TrainConfig, not_default
 from data2vec_vision.data import Batch, MicroBatches, Stream, StreamDataset, make_loader
 from data2vec_vision.device import deterministic, fast_products, free_memory
-from data2vec_vision.errors import Finished, InputError, RunFailed, Stopped, one_line
-from data2vec_vision.failures import of_writing
+from data2vec_vision.errors import Finished, InputError, RunFailed, Stopped, of_writing, one_line
 from data2vec_vision.loading import lasting
 from data2vec_vision.messages import describe, estimate, failure, farewell, go_on, slow_loading
 from data2vec_vision.methods.base import Output
@@ -198,11 +197,11 @@ def pretrain(config: TrainConfig, typed: Mapping[str, Any]) -> Path:
     except (InputError, RunFailed, Stopped, KeyboardInterrupt):
         raise
     except Exception as error:
+        kept = folder.keep_traceback(traceback.format_exc()) if folder else None
         if distributed.is_loss(error):
-            raise RunFailed(LOST + (go_on(job) if job else "")) from error
+            raise RunFailed(f"{LOST} ({one_line(error)})" + (go_on(job) if job else "")) from error
         if job is None or folder is None:
             raise
-        kept = folder.keep_traceback(traceback.format_exc())
         raise RunFailed(failure(error, job, kept) + go_on(job)) from error
     finally:
         if folder is not None:
@@ -405,6 +404,8 @@ def optimizer_and_scaler(job: Job) -> tuple[torch.optim.Optimizer, torch.amp.Gra
             scaler.load_state_dict(job.restored["scaler"])
         except Exception as error:  # of what anybody may have written into it
             raise InputError(f"{job.config.resume_checkpoint} is damaged: its optimizer: {one_line(error)}") from error
+        for taken in ("optimizer", "method_state", "encoders"):  # else they stay in memory, in each process
+            job.restored.pop(taken, None)
     return optimizer, scaler
 
 

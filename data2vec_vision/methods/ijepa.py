@@ -169,13 +169,13 @@ class IJEPA(MeanOfBlocks):
         """Raises InputError when the blocks asked for leave no context: now, rather than in a worker."""
         c, draw, (rows, columns) = self.config, self.masks(), self.student.grid
         generators = [(Generator().manual_seed(seed), Generator().manual_seed(seed)) for seed in range(20)]
-        if c.official_sampler:
-            with torch.device("cpu"):  # also where the method is built without memory
-                for pair in generators:
-                    draw(*pair)
-        elif self.n_context > largest_context(self.student.grid) or (
-            c.n_targets > 1 and all((q == q[0]).all() for q in (draw(*pair)["query"] for pair in generators))
-        ):  # all targets at one place is the last resort of the sampler
+        with torch.device("cpu"):  # also where the method is built without memory
+            drawn = [draw(*pair)["query"] for pair in generators]
+        if c.official_sampler:  # which raises by itself
+            return
+        # All targets at one place is the last resort of the sampler.
+        at_one_place = c.n_targets > 1 and all((query == query[0]).all() for query in drawn)
+        if self.n_context > largest_context(self.student.grid) or at_one_place:
             raise InputError(
                 f"{c.n_targets} target blocks of a sixth of the grid leave no room for a context of {self.n_context} "
                 f"of the {rows} x {columns} patches; use a smaller context_ratio, or fewer n_targets"

@@ -83,6 +83,9 @@ def test_a_limit_of_file_sizes(cli, images, whole, monkeypatch):
         at_save(2, lambda: (before.update(content("run")), limits.enter_context(largest_file(size))), patch)
         result = cli("train", images, *RUN, "run")
     line = failed(result, "File too large", "ulimit -f", "--resume-checkpoint")
+    with largest_file(1000):  # nor is there room when it is resumed
+        again = cli("train", "--resume-checkpoint", "run/checkpoint_last.pt")
+    failed(again, "File too large", "ulimit -f")
     assert before.items() <= content("run").items() and "inline_container" not in line
     goes_on(cli, "run")
 

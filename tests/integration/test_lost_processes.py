@@ -1,6 +1,7 @@
 """Processes that are slow, that fail, die or start again, and machines that do not see the same files."""
 
 import contextlib
+import dataclasses
 import os
 import platform
 import shutil
@@ -76,6 +77,19 @@ def other_precision():
 original_bf16 = plan.multiplies_bf16
 
 
+def other_cadence():
+    """A script that is not the same everywhere."""
+
+    def resolved(config, facts):
+        config, reasons = original_resolve(config, facts)
+        return dataclasses.replace(config, log_every=2), reasons
+
+    return replaced(plan, "resolve", resolved)
+
+
+original_resolve = plan.resolve
+
+
 def no_images():
     def lacking(inputs):
         raise InputError("there is no folder images")
@@ -142,6 +156,7 @@ def small(folder, name, **more):
             {"precision": "auto"},
             "--precision is {here} in process 0 on {host} and {there} in process 1 on",
         ),
+        (other_cadence, {}, "--log-every is 1 in process 0 on {host} and 2 in process 1 on"),
         (no_images, {}, "there is no folder images (found by process 1 only)"),
     ],
 )

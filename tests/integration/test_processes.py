@@ -10,7 +10,7 @@ import torch
 from conftest import TINY, metrics
 from several import forked
 
-from data2vec_vision import device, plan
+from data2vec_vision import device, gallery, plan
 from data2vec_vision.config import TrainConfig
 from data2vec_vision.data import Stream
 from data2vec_vision.errors import InputError
@@ -63,6 +63,12 @@ def test_each_process_finds_its_own_device_again(images, monkeypatch):
     assert plan.device_to_go_on("cuda:1") == plan.device_to_go_on("cuda") == "cuda"
     with pytest.raises(InputError, match="each process has its own; use --device cuda"):
         device.find_device("cuda:1")
+    asked = []
+    monkeypatch.setattr(gallery, "find_device", lambda name: torch.device("cuda", 1))
+    monkeypatch.setattr(gallery, "prepare", lambda config, **more: asked.append(config.device) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        gallery.draw_pictures(images, TrainConfig(input_path=str(images), device="cuda"), [], None, maps=False)
+    assert asked == ["cuda"]
 
 
 def test_a_dry_run_takes_one_process(images):

@@ -13,7 +13,7 @@ import torch
 from conftest import TINY, metrics, same_state, start, state
 
 import data2vec_vision as d2v
-from data2vec_vision import train
+from data2vec_vision import plan, train
 from data2vec_vision.config import TrainConfig
 from data2vec_vision.errors import InputError
 from data2vec_vision.methods.data2vec import Data2Vec
@@ -368,3 +368,11 @@ def test_a_knob_that_follows_from_the_data_is_said_and_stays_with_the_run(cli, r
     assert "--set n_prototypes=8 contradicts" in refused("train", *longer, 4, "--set", "n_prototypes=8")
     code, out, _ = cli(*run, "--set", "n_prototypes=8", "--checkpoint-out-dir", "typed")
     assert code == 0 and "n_prototypes=64" not in out
+
+
+def test_what_was_restored_does_not_stay_in_memory(stopped):
+    """Weights and moments are the method's and the optimizer's by then."""
+    job = plan.restore(TrainConfig(resume_checkpoint=LAST), {})
+    train.optimizer_and_scaler(job)
+    assert not [value for value in job.restored.values() if isinstance(value, dict) and "0" in str(value.keys())]
+    assert {"optimizer", "method_state", "encoders"}.isdisjoint(job.restored) and job.restored["window"]

@@ -126,7 +126,10 @@ def run_and_kill(kind: Kind, folder: Path, seconds: float, chance: random.Random
 
 def look_at(kind: Kind, folder: Path) -> None:
     """Note files that cannot be read, and how many steps have to be done again."""
-    saved = max([0, *(readable(kind, path, step_of, 0) for path in folder.glob("*.pt"))])
+    saved = max([0, *(readable(kind, path, step_of, 0) for path in folder.glob("checkpoint_*.pt"))])
+    for kind_of_file in ("student", "teacher"):
+        for path in folder.glob(f"{kind_of_file}_*.pt"):
+            readable(kind, path, step_of, 0)
     readable(kind, folder / "config.json", lambda path: json.loads(path.read_text()), None)
     logged = readable(kind, folder / "metrics.jsonl", last_step, 0)
     kind.recomputed = max(kind.recomputed, logged - saved)

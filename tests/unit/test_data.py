@@ -1,14 +1,25 @@
 """The stream: what a step sees depends on the seed and the step alone."""
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from data2vec_vision.data import BAD_TRIES, Batch, MicroBatches, Stream, StreamDataset, collate, make_loader
+from data2vec_vision.data import (
+    BAD_TRIES,
+    Batch,
+    MicroBatches,
+    Stream,
+    StreamDataset,
+    collate,
+    make_loader,
+    start_worker,
+)
 from data2vec_vision.methods.data2vec import BlockMasks
 from data2vec_vision.sources import open_source
 from data2vec_vision.transforms import Views, augmentation
@@ -200,3 +211,24 @@ print(sum(int(x.sum()) for x in DataLoader(torch.ones(8, 4), batch_size=2, num_w
     environment = {**os.environ, "TMPDIR": str(long)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
     assert done.stdout == "32\n", done.stderr
+
+
+@pytest.mark.skipif(not hasattr(signal, "set_wakeup_fd") or os.name != "posix", reason="needs fork")
+def test_a_worker_does_not_tell_the_main_process_of_its_signals():
+    """Under torchrun the main process listens for its own, at a socket that forked processes have too."""
+    ours, theirs = socket.socketpair()
+    ours.settimeout(0.5)
+    theirs.setblocking(False)
+    before = signal.set_wakeup_fd(theirs.fileno())
+    try:
+        if not (child := os.fork()):
+            start_worker(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        with contextlib.suppress(TimeoutError):  # the end of a child is a signal too
+            assert signal.SIGTERM not in ours.recv(100)
+    finally:
+        signal.set_wakeup_fd(before)
+        ours.close()
+        theirs.close()

@@ -58,12 +58,17 @@ def test_damaged_files_are_passed_over_with_a_line_each(capsys):
     assert not list(Path().glob("*.damaged"))
 
 
-def test_where_all_are_damaged_they_are_put_aside_and_not_overwritten(capsys):
+def test_where_none_can_be_read_nothing_is_replaced(monkeypatch):
+    """They may be of a newer version, or on a disk that does not answer now."""
     spoil(write("checkpoint_last.pt", 24))
-    before = Path("checkpoint_last.pt").read_bytes()
-    assert resume.newest(Path()) == (None, 0)
-    assert Path("checkpoint_last.pt.damaged").read_bytes() == before and not Path("checkpoint_last.pt").exists()
-    assert "checkpoint_last.pt is now checkpoint_last.pt.damaged" in capsys.readouterr().out
+    with monkeypatch.context() as newer:
+        newer.setattr(contents, "VERSION", 2)
+        write("checkpoint_3.pt", 24)
+    before = {path: path.read_bytes() for path in Path().glob("*.*") if path.is_file()}
+    with pytest.raises(InputError, match="none of the checkpoints in . can be read: .*move them away") as refused:
+        resume.newest(Path())
+    assert "newer version" in str(refused.value) and "checksum" in str(refused.value)
+    assert {path: path.read_bytes() for path in Path().glob("*.*") if path.is_file()} == before
 
 
 def test_a_folder_must_follow_from_what_is_given():
