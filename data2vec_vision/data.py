@@ -175,9 +175,8 @@ def start_worker(worker: int) -> None:
     if len(os.fsencode(tempfile.gettempdir())) > LONGEST_TMPDIR and os.path.isdir("/tmp"):
         tempfile.tempdir = "/tmp"
     if threading.current_thread() is threading.main_thread():
-        signal.set_wakeup_fd(
-            -1
-        )  # of the process that this one was forked from, which would take the signal for its own
+        # The socket there is that of the process which this one was forked from.
+        signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):  # asks the main process to save
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
