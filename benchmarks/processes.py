@@ -7,7 +7,7 @@
 with one process, which sends to nobody; and with two processes of half the threads each, over gloo. Every variant has
 processes of its own and takes its turn while the others wait; ratios are taken within a round. The views are in memory, so that loading has no part in it.
 
-`latency` times the flag that `train` sends four times a step, by the number of processes, all of them on this machine.
+`latency` times an all-reduce of a flag, of which `train` has one a step, by the number of processes, all of them on this machine.
 """
 
 import argparse

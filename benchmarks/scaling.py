@@ -23,7 +23,7 @@ MODEL = "vit_base_patch16_224"
 NVLINK = 450e9  # bytes/s each way, of an H100's datasheet
 # Measured, machine A. Images/s of a core, from files of 108 kB to all views ("From files to views"); data2vec 2.0, MAE and I-JEPA
 # take one crop, with or without a flip.
-DECODED = {"data2vec": 326, "data2vec2": 583, "ijepa": 583, "mae": 583, "msn": 58, "swav": 81}
+DECODED = {"data2vec": 372, "data2vec2": 508, "ijepa": 550, "mae": 508, "msn": 52, "swav": 68}
 # Bytes a name and microseconds a name, of ten million ("Where images come from"): kept, at the peak while opening, time to open.
 INDEXES = {"folder, 21 bytes a name": (33.0, 59.8, 5.5), "sub-folders, 34 bytes a name": (41.6, 41.6, 3.0),
            "sorted list, 29 bytes a name": (36.3, 36.3, 2.0), "1,000 tars, opened again": (105, 105, 0.28),

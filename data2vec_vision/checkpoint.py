@@ -7,6 +7,7 @@ leaves either the old file or the new one.
 
 import math
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -147,23 +148,33 @@ def load_encoder(
     return encoder.eval(), content
 
 
-def save_training(folder: Path, epoch: int | None, content: dict[str, Any]) -> None:
-    """Write checkpoint_last.pt, and for an epoch to keep give it the name checkpoint_{epoch}.pt as well.
+def save_training(folder: Path, content: dict[str, Any]) -> None:
+    """Write checkpoint_last.pt."""
+    save(folder / "checkpoint_last.pt", {"format": TRAINING, "version": VERSION, **content})
+
+
+def keep_training(folder: Path, epoch: int) -> None:
+    """Give checkpoint_last.pt the name checkpoint_{epoch}.pt as well.
 
     The second name is a link, which costs neither time nor space; the next checkpoint_last.pt is a new
     file and leaves it alone.
     """
-    last = folder / "checkpoint_last.pt"
-    save(last, {"format": TRAINING, "version": VERSION, **content})
-    if epoch is not None:
-        kept, temporary = folder / f"checkpoint_{epoch}.pt", folder / f".checkpoint_{epoch}.pt.tmp"
-        try:
-            temporary.unlink(missing_ok=True)
-            os.link(last, temporary)
-            os.replace(temporary, kept)
-            sync_folder(folder)
-        except OSError:  # a file system without links
-            save(kept, {"format": TRAINING, "version": VERSION, **content})
+    last, kept, temporary = (
+        folder / name for name in ("checkpoint_last.pt", kept_name(epoch), f".{kept_name(epoch)}.tmp")
+    )
+    try:
+        temporary.unlink(missing_ok=True)
+        os.link(last, temporary)
+        os.replace(temporary, kept)
+        sync_folder(folder)
+    except OSError:  # a file system without links
+        with atomic_write(kept) as file, open(last, "rb") as written:
+            shutil.copyfileobj(written, file)
+
+
+def kept_name(epoch: int) -> str:
+    """Of the last file that is written of an epoch."""
+    return f"checkpoint_{epoch}.pt"
 
 
 def prune(folder: Path, keep: int) -> None:

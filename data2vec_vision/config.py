@@ -173,7 +173,8 @@ def field_type(name: str) -> type:
 def check_interval(name: str, value: float, within: str) -> None:
     """Raises InputError unless `value` lies in `within`, such as "(0, 1]"; names what to give instead."""
     if not abs(value) < LARGEST:  # nan neither
-        raise InputError(f"{name} must be a finite number below {LARGEST:.0e}, got {brief(value)}")
+        kind = "a finite number" if value != value or abs(value) == math.inf else f"less than {LARGEST:.0e}"
+        raise InputError(f"{name} must be {kind}, got {brief(value)}")
     low, high = (float(end) for end in within[1:-1].split(","))
     above = value > low if within[0] == "(" else value >= low
     below = value < high if within[-1] == ")" else value <= high

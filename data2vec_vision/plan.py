@@ -109,6 +109,15 @@ class Job:
         config = self.config
         return [e for e in range(config.epochs) if (e + 1) % config.save_every == 0 or e + 1 == config.epochs]
 
+    @property
+    def half_saved_epoch(self) -> int | None:
+        """The epoch whose files a run was killed at, before the last of them was written; None as a rule."""
+        if self.restored is None or self.first_step % self.steps_per_epoch:
+            return None
+        epoch = self.first_step // self.steps_per_epoch - 1
+        missing = checkpoint.kept_name(epoch) not in self.restored["beside"]
+        return epoch if missing and epoch in self.saved_epochs else None
+
 
 def prepare(config: TrainConfig, steps: int | None = None, transform: ImageTransform | None = None) -> Job:
     """The run that `config` describes, of so many `steps` if given, else of its epochs.
@@ -186,6 +195,11 @@ def with_derived(config: TrainConfig, method_class: type[Method], facts: Facts) 
     return replace(config, set=(*config.set, *added)), {name: why for name, (_, why) in found.items()}
 
 
+def with_names(content: dict[str, Any], path: str) -> dict[str, Any]:
+    """The content of a checkpoint, with the names of those beside it, which other machines need not see."""
+    return {**content, "beside": [other.name for other in Path(path).parent.glob("checkpoint_*.pt")]}
+
+
 def restore(config: TrainConfig, given: Mapping[str, Any]) -> Job:
     """The run that wrote `config.resume_checkpoint`, where it stood; `given` are the typed options.
 
@@ -194,7 +208,7 @@ def restore(config: TrainConfig, given: Mapping[str, Any]) -> Job:
     """
     path = config.resume_checkpoint
     # One reads it for all: who starts again need not share a disk with it, and a shared one shows new files late.
-    content = distributed.from_main(lambda: checkpoint.read_training(path))
+    content = distributed.from_main(lambda: with_names(checkpoint.read_training(path), path))
     stored = stored_config(content, path)
     config = merged(stored, config, given, path)
     check(config)
@@ -208,14 +222,15 @@ def restore(config: TrainConfig, given: Mapping[str, Any]) -> Job:
         refuse_changed_images(source, content, config)
     if total != schedule.total_steps:
         schedule = schedule.extended(step, total)
-    if step >= schedule.total_steps:
-        raise Finished(f"the run in {path} is finished; add epochs with --epochs {2 * config.epochs}, for example")
     method_class = methods.find(config.method)
     refuse_misfit(config, method_class, content, path)
     vit, _ = build_encoder(config, method_class, weights=False)
     method = method_class(vit, **knobs_from(method_class.Config, config, config.method))
     method.load_content(content, path)
-    return made_ready(Job(config, {}, source, method.to(device), schedule, device, step, content))
+    job = made_ready(Job(config, {}, source, method.to(device), schedule, device, step, content))
+    if step >= schedule.total_steps and job.half_saved_epoch is None:
+        raise Finished(f"the run in {path} is finished; add epochs with --epochs {2 * config.epochs}, for example")
+    return job
 
 
 def stored_config(content: Mapping[str, Any], path: str) -> TrainConfig:

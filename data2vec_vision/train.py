@@ -228,6 +228,8 @@ def watch(job: Job, folder: RunFolder, onlooker: Onlooker) -> None:
     bad_files = BadFiles(job.source, folder.path, resumed=job.restored is not None)
     cache, told = filled_cache(job), False
     saved, estimate_at = time.monotonic(), job.first_step + ESTIMATE_AFTER
+    if job.half_saved_epoch is not None:
+        save(job, optimizer, scaler, window, job.first_step, job.half_saved_epoch)
     with (
         caught_signals() as signals,
         asked_to_save() as asked,
@@ -506,7 +508,7 @@ def save(
     step: int,
     epoch: int | None = None,
 ) -> None:
-    """Write checkpoint_last.pt and, after an epoch that is kept, its encoders and checkpoint.
+    """Write checkpoint_last.pt and, after an epoch that is kept, its encoders and then its checkpoint.
 
     Raises RunFailed when the disk does not take them, and for weights that are not finite, which skipping steps does
     not let happen but a method of one's own may; what was written before is intact.
@@ -521,12 +523,8 @@ def save(
             f"{name} is not finite, so it was not saved; try a lower --max-lr or --precision fp32{go_on(job)}"
         )
     try:
-        if epoch is not None:
-            for name, encoder in job.method.encoders.items():
-                checkpoint.save_encoder(encoder, folder / f"{name}_{epoch}.pt", job.config.method, **about)
         checkpoint.save_training(
             folder,
-            epoch,
             {
                 "method": job.config.method,
                 "method_state": job.method.state_dict(),
@@ -543,6 +541,9 @@ def save(
             },
         )
         if epoch is not None:
+            for name, encoder in job.method.encoders.items():
+                checkpoint.save_encoder(encoder, folder / f"{name}_{epoch}.pt", job.config.method, **about)
+            checkpoint.keep_training(folder, epoch)
             checkpoint.prune(folder, job.config.keep)
     except OSError as error:
         raise RunFailed(of_writing(error, folder) + go_on(job)) from error

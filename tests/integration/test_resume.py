@@ -376,3 +376,36 @@ def test_what_was_restored_does_not_stay_in_memory(stopped):
     train.optimizer_and_scaler(job)
     assert not [value for value in job.restored.values() if isinstance(value, dict) and "0" in str(value.keys())]
     assert {"optimizer", "method_state", "encoders"}.isdisjoint(job.restored) and job.restored["window"]
+
+
+@pytest.mark.parametrize("epoch", [0, 3])
+@pytest.mark.parametrize("dies_at", ["save_encoder", "keep_training"])
+def test_a_run_killed_between_two_files_of_an_epoch_writes_the_rest(cli, images, whole, monkeypatch, epoch, dies_at):
+    """Also after the last step; and `auto` never meets encoders without a checkpoint."""
+
+    class Killed(BaseException):
+        """Nothing of ours catches it, as nothing catches SIGKILL."""
+
+    def killed(*args, **more):
+        raise Killed
+
+    original, count = train.save, []
+
+    def save(*args):
+        count.append(1)
+        with monkeypatch.context() as patch:
+            if len(count) == epoch + 1:
+                patch.setattr(train.checkpoint, dies_at, killed)
+            original(*args)
+
+    options = [*TINY, *EPOCHS, "--dropout", 0.1, "--save-every", 1, "--keep", 9, "--checkpoint-out-dir", "cut"]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "save", save)
+        cli("train", images, *options)
+    code, _, err = cli("train", images, *options, "--resume-checkpoint", "auto")
+    assert code == 0, err
+    assert same_state("whole/checkpoint_3.pt", "cut/checkpoint_3.pt")
+    names = {path.name for path in Path("cut").glob("*.pt")}
+    assert names == {f"{kind}_{n}.pt" for kind in ("student", "teacher", "checkpoint") for n in range(4)} | {
+        "checkpoint_last.pt"
+    }

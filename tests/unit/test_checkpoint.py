@@ -141,11 +141,13 @@ def training(step):
 
 
 def test_the_checkpoint_of_an_epoch_stays_when_the_last_one_moves_on(tmp_path):
-    checkpoint.save_training(tmp_path, 4, training(1))
-    checkpoint.save_training(tmp_path, None, training(2))
+    checkpoint.save_training(tmp_path, training(1))
+    checkpoint.keep_training(tmp_path, 4)
+    checkpoint.save_training(tmp_path, training(2))
     assert checkpoint.read(tmp_path / "checkpoint_4.pt")["step"] == 1
     assert checkpoint.read(tmp_path / "checkpoint_last.pt")["step"] == 2
-    checkpoint.save_training(tmp_path, 4, training(3))
+    checkpoint.save_training(tmp_path, training(3))
+    checkpoint.keep_training(tmp_path, 4)
     assert checkpoint.read(tmp_path / "checkpoint_4.pt")["step"] == 3
     assert sorted(os.listdir(tmp_path)) == ["checkpoint_4.pt", "checkpoint_last.pt"]
 
@@ -155,7 +157,8 @@ def test_on_a_file_system_without_links_the_checkpoint_is_written_twice(tmp_path
         raise OSError("no links here")
 
     monkeypatch.setattr(os, "link", no_links)
-    checkpoint.save_training(tmp_path, 4, training(1))
+    checkpoint.save_training(tmp_path, training(1))
+    checkpoint.keep_training(tmp_path, 4)
     assert checkpoint.read(tmp_path / "checkpoint_4.pt")["step"] == 1
 
 
