@@ -188,8 +188,11 @@ def steps(method: Method, batch: int, grad_accum: int, processes: int) -> dict[s
 
 
 def log(n_logged: int) -> Sent:
-    """Of a line of metrics.jsonl: a mean for each figure that the method logs, three counts, skipped steps and why."""
-    return Sent(1, FP32 * (n_logged + 3 + 2 * NOTED))
+    """Of a line of metrics.jsonl: a mean for each figure that the method logs, three counts, skipped steps and why.
+
+    And, by itself, how long the slowest process has waited for images.
+    """
+    return Sent(2, FP32 * (n_logged + 3 + 2 * NOTED) + FP64)
 
 
 def verdict(method: Method) -> Sent:

@@ -26,7 +26,8 @@ WAIT = timedelta(minutes=30)  # for a slow process, before it is taken to be los
 STUCK = 25.0  # seconds after torchrun's SIGTERM in which a process has to note it; after 30 it is killed
 PATIENCE = 3.0  # seconds that a process leaves to those who know more of a failure
 # What gloo says when the other end is gone; nccl's errors have a type of their own.
-SIGNS_OF_LOSS = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
+CUT_OFF = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+SIGNS_OF_LOSS = ("gloo/", "NCCL", *CUT_OFF)
 T = TypeVar("T")
 _store: dist.Store | None = None  # where processes leave notes for each other; torchrun keeps it
 _speaks: bool | None = None
@@ -153,6 +154,11 @@ def is_loss(error: BaseException | None) -> bool:
     return isinstance(error, dist.DistError) or any(sign in str(error) for sign in SIGNS_OF_LOSS)
 
 
+def is_cut_off(error: BaseException) -> bool:
+    """Whether a loss says no more than that the other end is gone."""
+    return any(sign in str(error) for sign in CUT_OFF)
+
+
 @contextmanager
 def patient(signals: Sequence[int], last_words: Callable[[], str]) -> Iterator[None]:
     """When another process is lost inside, wait until who knows more has spoken, or torchrun's SIGTERM is in `signals`.
@@ -243,6 +249,15 @@ def from_main(make: Callable[[], T]) -> T:
     if result[1] is not None:
         raise result[1]
     return result[0]
+
+
+def largest(value: float) -> float:
+    """The largest of the values of all processes."""
+    if not dist.is_initialized():
+        return value
+    found = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return float(found)
 
 
 def mean(values: Tensor) -> Tensor:

@@ -70,7 +70,10 @@ def quiet(library: str) -> None:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Any error inside becomes Unreadable: damaged files make decoders raise nearly anything."""
+    """Any error inside becomes Unreadable: damaged files make decoders raise nearly anything.
+
+    But for too many open files, which is no image's fault.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata that does not matter; what cannot be decoded raises
@@ -78,6 +81,8 @@ def explained() -> Iterator[None]:
     except Unreadable:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
         raise Unreadable(why_unreadable(error)) from error
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from data2vec_vision.checkpoint import atomic_write, check_place, load_encoder, refuse_overwriting
 from data2vec_vision.device import device_name, find_device, versions
-from data2vec_vision.distributed import is_main
+from data2vec_vision.distributed import from_main, is_main
 from data2vec_vision.errors import InputError, RunFailed, Stopped, one_line
 from data2vec_vision.extract import ImageBatches, feature_function, fingerprint, image_loader, reading_processes
 from data2vec_vision.failures import said_with
@@ -79,11 +79,16 @@ def evaluate(
     untrained encoder and raw pixels are left out. Other processes than the main one return nothing. Raises InputError,
     RunFailed, and Stopped after a signal.
     """
-    files = output_files(checkpoint, encoder, json, picture)
-    for option, target in zip(("--json", "--picture"), files):
-        refuse_overwriting(option, target, checkpoint, labels, input_path, test_path)
     where = find_device(device)
+
+    def checked() -> tuple[Path, Path]:
+        files = output_files(checkpoint, encoder, json, picture)
+        for option, target in zip(("--json", "--picture"), files):
+            refuse_overwriting(option, target, checkpoint, labels, input_path, test_path)
+        return files
+
     with joined():
+        files = from_main(checked)  # other machines write nothing
         return evaluate_all(
             checkpoint,
             input_path,
@@ -137,7 +142,7 @@ def evaluate_all(
         encoders = {UNTRAINED: twin, TRAINED: model}
     compute: dict[str, Callable[[Tensor], Tensor]] = {PIXELS: raw_pixels} if floors else {}
     compute |= {name: feature_function(e.to(where), where, pool, None, precision) for name, e in encoders.items()}
-    check_room(sum(len(part.images) for part in images.parts), model, floors)
+    from_main(lambda: check_room(sum(len(part.images) for part in images.parts), model, floors))
     with said_with(batch_size, reading_processes(workers), where), caught_signals() as signals:
         tick = partial(stop_if, signals)
         loaders = [

@@ -63,10 +63,15 @@ def extract(
     signal. Then there is no output, but after a stop, a full disk or a kill the rows so far are kept beside it, and
     `resume` goes on with them: the output is that of a run without a stop, on the CPU bit for bit.
     """
-    target = check_output(output, pool)
-    refuse_overwriting("--output", target, checkpoint, *(inputs := inputs_of(input_path)))
-    where = find_device(device)
+    inputs, where = inputs_of(input_path), find_device(device)
+
+    def checked() -> Path:
+        target = check_output(output, pool)
+        refuse_overwriting("--output", target, checkpoint, *inputs)
+        return target
+
     with joined():
+        target = from_main(checked)  # other machines write nothing
         extract_all(checkpoint, inputs, target, pool, layer, encoder, batch_size, workers, where, precision, resume)
 
 
@@ -108,7 +113,7 @@ def extract_all(
     }
     refuse_unlike(settings, "images and weights")
     partial = Partial(target, row_shape(model, pool), settings)
-    partial.check_room(len(source), FORMATS[target.suffix].room)
+    from_main(lambda: partial.check_room(len(source), FORMATS[target.suffix].room))
     if layer is not None:
         model.vit.blocks = model.vit.blocks[:layer]  # no need to compute what comes after it
     try:

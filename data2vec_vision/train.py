@@ -199,7 +199,8 @@ def pretrain(config: TrainConfig, typed: Mapping[str, Any]) -> Path:
     except Exception as error:
         kept = folder.keep_traceback(traceback.format_exc()) if folder else None
         if distributed.is_loss(error):
-            raise RunFailed(f"{LOST} ({one_line(error)})" + (go_on(job) if job else "")) from error
+            more = "" if distributed.is_cut_off(error) else f" ({one_line(error)})"
+            raise RunFailed(LOST + more + (go_on(job) if job else "")) from error
         if job is None or folder is None:
             raise
         raise RunFailed(failure(error, job, kept) + go_on(job)) from error
@@ -364,7 +365,7 @@ class Window:
             **step.scheduled,
             **({"phase": step.phase} if step.phase else {}),
             "images_per_second": round(images / seconds, 2),
-            "data_wait": round(self._waited / seconds, 4),
+            "data_wait": round(distributed.largest(self._waited / seconds), 4),  # all wait for who waits longest
             "skipped": int(skipped),
         }
         self._clear()

@@ -1240,6 +1240,10 @@ DEFECTS = [
      UNIT + "bad_images.py::test_places_that_lie_in_a_table"),
     ("files of an epoch that a kill left out are never written", "plan.py", "return epoch if missing and epoch in self.saved_epochs else None", "return None",
      RUN + "resume.py::test_a_run_killed_between_two_files_of_an_epoch_writes_the_rest"),
+    ("an image counts as bad when too many files are open", "errors.py", "in (errno.EMFILE, errno.ENFILE)", "in ()",
+     UNIT + "sources.py::test_too_many_open_files_are_no_images_fault"),
+    ("the wait for images is that of one process", "train.py", "distributed.largest(self._waited / seconds)", "self._waited / seconds",
+     RUN + "processes.py::test_the_longest_wait_for_images_counts"),
 ]  # fmt: skip
 
 

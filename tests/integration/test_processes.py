@@ -144,3 +144,19 @@ def test_processes_of_one_machine_share_its_cores(images, monkeypatch):
     monkeypatch.setattr(plan, "cores", lambda: 12)
     job = plan.prepare(TrainConfig(input_path=str(images), image_size=16, patch_size=4, hidden_dim=32, batch_size=8))
     assert job.config.workers == 5
+
+
+def test_the_longest_wait_for_images_counts(images):
+    Path("waits.py").write_text(
+        "import os, time\n"
+        "from data2vec_vision import data\n"
+        "from data2vec_vision.methods.data2vec import Data2Vec\n"
+        "class Waits(Data2Vec):\n"
+        '    """The second process reads its images from a slow disk."""\n'
+        "if os.environ['RANK'] == '1':\n"
+        "    original = data.StreamDataset.__getitem__\n"
+        "    data.StreamDataset.__getitem__ = lambda self, key: time.sleep(0.05) or original(self, key)\n"
+    )
+    run = forked(2, "train", images, *TINY, "--epochs", 1, "--method", "waits.py", "--checkpoint-out-dir", "two")
+    assert run.returncode == 0, run.stderr
+    assert min(line["data_wait"] for line in metrics("two")) > 0.5

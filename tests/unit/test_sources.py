@@ -1,5 +1,6 @@
 """Folders of images as users have them: any depth, any format, any mode, damaged files in between."""
 
+import errno
 import json
 import os
 import pickle
@@ -524,3 +525,16 @@ def test_what_save_to_disk_writes(tmp_path, capfd):
     (tmp_path / "hf/train/data-00001-of-00003.arrow").unlink()
     with pytest.raises(InputError, match="there is no file hf/train/data-00001-of-00003.arrow"):
         open_source("hf/train")
+
+
+def test_too_many_open_files_are_no_images_fault(tmp_path, monkeypatch):
+    """Else a run would go on with other images, and an extraction leave them out."""
+    touch(tmp_path, "a.png")
+    source = open_source(tmp_path)
+
+    def full(path, mode="r"):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("builtins.open", full)
+    with pytest.raises(OSError, match="Too many open files"):
+        read_image(source, 0)
