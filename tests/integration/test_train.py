@@ -429,3 +429,22 @@ def test_a_run_that_waits_for_images_says_once_what_to_change(cli, images, monke
 def test_a_dry_run_keeps_no_images(cli, images):
     code, out, err = cli("train", images, *TINY, "--epochs", 2, "--cache", "ram", "--dry-run")
     assert code == 0 and "Cached" not in out, err
+
+
+def test_a_second_ctrl_c_stops_at_once(cli, images):
+    """In the middle of a step, with nothing saved."""
+    Path("eager.py").write_text(
+        "import os, signal\n"
+        "from data2vec_vision.methods.data2vec import Data2Vec\n"
+        "class Eager(Data2Vec):\n"
+        '    """Gets two SIGINT in its fifth step."""\n'
+        "    calls = 0\n"
+        "    def training_step(self, views, masks):\n"
+        "        self.calls += 1\n"
+        "        for _ in range(2 * (self.calls == 5)):\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "        return super().training_step(views, masks)\n"
+    )
+    code, _, err = cli("train", images, *TINY, "--epochs", 3, "--method", "eager.py", "--checkpoint-out-dir", "a")
+    assert code == 130 and "Traceback" not in err, err
+    assert metrics("a")[-1]["step"] == 4 and not Path("a/checkpoint_last.pt").exists()
