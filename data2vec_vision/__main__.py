@@ -1,10 +1,12 @@
 """The command line: one thin command per job. torch is imported inside the commands, not for `--help`."""
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -107,13 +109,28 @@ def train_command(ctx: click.Context, **values: Any) -> None:
     if values["workers"] != 0:
         # Before torch is imported: computing threads that spin while they wait take the cores from the workers.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if hasattr(signal, "SIGUSR1") and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it asks to save, and before the first step there is nothing to
-    if values["dry_run"]:
-        from data2vec_vision.dry_run import dry_run as job
-    else:
-        from data2vec_vision.train import train as job
-    job(TrainConfig(**values), typed)
+    with deaf_to_sigusr1():
+        if values["dry_run"]:
+            from data2vec_vision.dry_run import dry_run as job
+        else:
+            from data2vec_vision.train import train as job
+        job(TrainConfig(**values), typed)
+
+
+@contextlib.contextmanager
+def deaf_to_sigusr1() -> Iterator[None]:
+    """Inside, SIGUSR1 does not end the process: it asks a run to save, and before the first step there is nothing to.
+
+    Afterwards it is as before, for what a process ignores the processes that it starts ignore too.
+    """
+    if not hasattr(signal, "SIGUSR1") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 cli.add_command(

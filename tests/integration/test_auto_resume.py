@@ -67,7 +67,9 @@ def test_a_command_with_a_config_resumes_too(cli, refused, images):
 def test_sigusr1_saves_and_the_run_goes_on(cli, images, monkeypatch):
     """Nothing else saves before the run dies in its tenth step; then the file is one to go on with."""
     options = ["train", images, *TINY, "--epochs", 2, *AUTO, "--checkpoint-out-dir"]
+    before = signal.getsignal(signal.SIGUSR1)
     cli(*options, "whole")
+    assert signal.getsignal(signal.SIGUSR1) is before  # a process that this one starts would ignore it too
     original = train.training_steps
 
     def dies(*arguments):

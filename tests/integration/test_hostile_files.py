@@ -222,7 +222,7 @@ CHECKPOINTS = {
     "blocks beyond all": (training(config__n_encoders=10**6), "must be at most 1,000"),
     "image size": (training(config__image_size=10**9), "must be at most 65,536"),
     "image size that is allowed": (training(config__image_size=65_536), "of another shape"),
-    "epochs of 400 digits": (training(config__epochs=BIG), "must be a finite number"),
+    "epochs of 400 digits": (training(config__epochs=BIG), "must be less than 1e"),
     "rate that is not a number": (training(config__max_lr=float("nan")), "must be a finite number"),
     "laughs": (training(config__epochs=LAUGHS), "epochs must be of type int"),
     "settings that are unknown": (training(config={7: 8}), "unknown setting 7"),
@@ -307,7 +307,7 @@ def test_to_judge_weights_runs_no_method_that_they_name(cli, tmp_path, three_ima
 @pytest.mark.parametrize("text, message", [
     ("[" * 200_000, "cannot be read as JSON"),
     ('{"epochs": 1' + "0" * 5000 + "}", "cannot be read as JSON"),
-    ('{"epochs": 1' + "0" * 400 + "}", "must be a finite number"),
+    ('{"epochs": 1' + "0" * 400 + "}", "must be less than 1e"),
     ('{"max_lr": NaN}', "must be a finite number"),
     ('{"max_lr": 1e999}', "must be a finite number"),
     ('{"max_lr": -Infinity}', "must be a finite number"),
