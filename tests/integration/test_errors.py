@@ -89,7 +89,8 @@ def test_a_folder_that_holds_a_run_is_refused_with_the_two_commands_that_help(cl
     assert Path("runs/images-data2vec/student_0.pt").read_bytes() == before
 
 
-def test_two_runs_do_not_share_a_folder(images):
+def test_two_runs_do_not_share_a_folder(cli, images):
+    """And a lock goes with its process, however that ends."""
     holder = start("train", images, *TINY, "--epochs", 5000, "--save-every", 5000, "--checkpoint-out-dir", "shared")
     try:
         from test_train import wait_for_steps
@@ -101,6 +102,9 @@ def test_two_runs_do_not_share_a_folder(images):
     finally:
         holder.kill()
         holder.communicate()
+    assert Path("shared/.lock").exists()
+    code, _, err = cli("train", images, *TINY, "--epochs", 1, "--checkpoint-out-dir", "shared")
+    assert code == 0, err
 
 
 def test_a_checkpoint_that_would_run_code_is_not_run(refused, images, tmp_path):
