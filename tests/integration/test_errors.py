@@ -97,7 +97,7 @@ def test_two_runs_do_not_share_a_folder(cli, images):
 
         wait_for_steps("shared", 1, holder)
         other = start("train", images, *TINY, "--epochs", 1, "--checkpoint-out-dir", "shared")
-        out, _ = other.communicate(timeout=60)
+        out, _ = other.communicate(timeout=180)
         assert other.returncode == 2 and "another process is training in shared" in out
     finally:
         holder.kill()
