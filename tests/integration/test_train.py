@@ -445,6 +445,10 @@ def test_a_second_ctrl_c_stops_at_once(cli, images):
         "            os.kill(os.getpid(), signal.SIGINT)\n"
         "        return super().training_step(views, masks)\n"
     )
-    code, _, err = cli("train", images, *TINY, "--epochs", 3, "--method", "eager.py", "--checkpoint-out-dir", "a")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which processes of pytest-xdist do not have
+    try:
+        code, _, err = cli("train", images, *TINY, "--epochs", 3, "--method", "eager.py", "--checkpoint-out-dir", "a")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert code == 130 and "Traceback" not in err, err
     assert metrics("a")[-1]["step"] == 4 and not Path("a/checkpoint_last.pt").exists()
