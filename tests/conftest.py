@@ -1,6 +1,7 @@
 """What the tests share: tiny encoders and folders of real image files."""
 
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -57,3 +58,13 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("D2V_CACHE", str(tmp_path / ".cache"))
     assert os.getcwd() == str(tmp_path)
+
+
+@pytest.fixture
+def bounded_memory(request):
+    """Asking for more memory than the test's module says, ROOM bytes beyond what this process has, fails."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + request.module.ROOM, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)

@@ -254,3 +254,23 @@ def test_the_commands_that_list_and_explain(cli):
     assert code == 0 and "2,000 images of 10 classes" in out
     assert len(list(Path("samples").rglob("*.png"))) == 2000 and "MIT" in Path("samples/LICENSE").read_text()
     assert main([]) == 2
+
+
+def test_files_that_go_or_shrink_while_a_run_reads_them_are_listed(cli, images):
+    """Two of 24, after the first step."""
+    gone, shrunk = sorted(images.rglob("*.*"))[3:5]
+    Path("thief.py").write_text(
+        "import os\n"
+        "from data2vec_vision.methods.data2vec import Data2Vec\n"
+        "class Thief(Data2Vec):\n"
+        '    """Takes a file away, and half of another."""\n'
+        "    def after_step(self, progress):\n"
+        "        super().after_step(progress)\n"
+        f"        if os.path.exists({str(gone)!r}):\n"
+        f"            os.remove({str(gone)!r})\n"
+        f"            os.truncate({str(shrunk)!r}, os.path.getsize({str(shrunk)!r}) // 2)\n"
+    )
+    code, out, err = cli("train", images, *TINY, "--epochs", 3, "--method", "thief.py", "--checkpoint-out-dir", "a")
+    assert code == 0 and "2 images could not be read" in out, err
+    listed = Path("a/bad_files.txt").read_text()
+    assert gone.name in listed and "no such file" in listed and shrunk.name in listed and "truncated" in listed

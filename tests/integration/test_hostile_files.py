@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import re
-import resource
 import shutil
 import struct
 import subprocess
@@ -27,16 +26,6 @@ from data2vec_vision.errors import InputError
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "files_of_0.1.0"
 ROOM = 4 * 2**30  # bytes of address space that a command may take beyond what this process has
-
-
-@pytest.fixture
-def bounded_memory():
-    """Asking for more memory than ROOM fails."""
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 class Bomb:

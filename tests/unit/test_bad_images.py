@@ -9,14 +9,12 @@ import contextlib
 import io
 import os
 import re
-import resource
 import socket
 import struct
 import tarfile
 import zipfile
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -237,15 +235,6 @@ LARGE = [
         reason="exceeds limit|one piece|allocate",
     ),
 ]
-
-
-@pytest.fixture
-def bounded_memory():
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def check(kind, image):
